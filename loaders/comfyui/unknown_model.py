@@ -1,4 +1,5 @@
 """Says why the host detects no diffusion model in a file."""
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NoReturn
 
@@ -6,6 +7,7 @@ import comfy.model_detection
 import comfy.supported_models
 import torch
 
+from ...ops.host_versions import HOST_VERSION, is_older
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
 from .detection import try_detect
 from .diffusers_keys import from_diffusers
@@ -14,6 +16,19 @@ from .wrong_kind import reject_side_model
 
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
+
+# Words in the name, or `general.architecture`, of a published file -> the model, and the first
+# ComfyUI that reads it, as its card says; "" where no card does, and ComfyUI 0.33 does not read it.
+# No such file was seen here, so that its tensors are not known.
+NEWER_MODELS = {
+    r"\bp[ ._-]?h3[ ._-]?image": ("P-H3-Image", "0.44"),
+    r"minimax[ ._-]?h3[ ._-]?image": ("MiniMax-H3-Image", "0.45.2"),
+    r"moss[ ._-]?image": ("MOSS-Image", "0.42"),
+    r"qwen[ ._-]?image[ ._-]?2[ ._-]?1(?!\d)": ("Qwen-Image-2.1", ""),
+    r"flux[ ._-]?3(?!\d)": ("FLUX.3", ""),
+    r"ltx[ ._-]?(v[ ._-]?)?2[ ._-]?5(?!\d)": ("LTX-2.5", ""),
+}
+LAST_WITHOUT = "0.33"  # the newest ComfyUI that is known not to read them
 
 SMALLEST_MODEL = 16  # tensors of a file that is more than a part of a model
 # What is in a file, the tensor of five dimensions that ComfyUI-GGUF's converter leaves out of a
@@ -44,7 +59,9 @@ def reject_unknown_model(
     """
     reject_side_model(file)
     prefix = model_prefix(state_dict)
-    problem = (_missing_keys_text(state_dict, prefix) or _left_out_text(state_dict, prefix)
+    named = file.metadata.get("general.architecture")
+    newer = _newer_model_text(file.name, str(named or ""))
+    problem = (newer or _missing_keys_text(state_dict, prefix) or _left_out_text(state_dict, prefix)
                or _uneven_bias_text(state_dict) or _cut_names_text(file.entries))
     if problem:
         raise WeightFileError(f"{file.name} {problem}")
@@ -52,12 +69,25 @@ def reject_unknown_model(
         raise WeightFileError(
             f"{file.name} lacks {safe_repr(lost)}, without which ComfyUI does"
             f" not know the model. {DOWNLOAD_AGAIN}")
-    named = file.metadata.get("general.architecture")
     architecture = f"architecture {named!r}, " if named else ""
     raise WeightFileError(
         f"{file.name} {what} ({architecture}"
         f"{len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
         " ComfyUI if the model is new, or pick another file.")
+
+
+def _newer_model_text(*names: str) -> str | None:
+    """Returns a sentence about a model that a newer ComfyUI reads, by what its file calls itself;
+    None for no such model."""
+    for pattern, (title, version) in NEWER_MODELS.items():
+        if not any(re.search(pattern, name, re.IGNORECASE) for name in names):
+            continue
+        if not is_older(HOST_VERSION, version or f"{LAST_WITHOUT}.9"):
+            return None
+        since = f"from {version} on" if version else f"in a version after {LAST_WITHOUT}"
+        return (f"is {title} by its name, which ComfyUI reads {since}; this is ComfyUI"
+                f" {HOST_VERSION}. Update ComfyUI.")
+    return None
 
 
 def _missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str | None:

@@ -18,6 +18,7 @@ from patched_models import tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui import unknown_model as unknown_model_module
 from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
@@ -167,3 +168,49 @@ def test_a_folder_of_a_pipeline_is_named_with_it(part, tmp_path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(WeightFileError, match=f"^FLUX.1-dev/{part} lacks weights of the model"):
         load(str(folder))
+
+
+# names of published files -> what is said of them
+NEWER = {
+    "flux3-image-klein-base-int8-convrot.safetensors": ("FLUX.3", "in a version after 0.33"),
+    "FLUX-3-Image-Klein-AD-Q4_K.gguf": ("FLUX.3", "in a version after 0.33"),
+    "qwen_image_2.1_turbo_bf16.safetensors": ("Qwen-Image-2.1", "in a version after 0.33"),
+    "qwen-image-2.1-Q4_K_M.gguf": ("Qwen-Image-2.1", "in a version after 0.33"),
+    "ltx-2.5-22b-distilled-UD-Q4_K_XL.gguf": ("LTX-2.5", "in a version after 0.33"),
+    "LTX-2.5-Distilled-Q8_0.gguf": ("LTX-2.5", "in a version after 0.33"),
+    "minimax_h3_image_pruned_int8_convrot.safetensors": ("MiniMax-H3-Image", "from 0.45.2 on"),
+    "P-H3-Image-AD-Q5_K.gguf": ("P-H3-Image", "from 0.44 on"),
+    "MOSS-Image-Q4_K_M.gguf": ("MOSS-Image", "from 0.42 on"),
+}
+OLDER = ("qwen-image-2512-Q4_K_M.gguf", "ltx-2.3-22b-dev-Q3_K.gguf", "flux1-dev-Q3_K_S.gguf",
+         "minimax_h3_fl2va_pruned-Q4_K.gguf", "Wan2.2-I2V-A14B-HighNoise-Q2_K.gguf")
+
+
+def unknown_model(path) -> str:
+    """The sentence on a file of tensors that no model has."""
+    weights = {f"blocks.{index}.odd.weight": torch.ones(8, 8) for index in range(20)}
+    if path.suffix == ".gguf":
+        write_gguf(path, weights, lambda name, values: "F32")
+    else:
+        save_file(weights, path)
+    with pytest.raises(WeightFileError) as error:
+        random.choice([load_diffusion_model, load_checkpoint])(str(path))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_model_of_a_newer_comfyui_is_named_and_the_version_where_it_is_known(
+        name, tmp_path, monkeypatch):
+    title, since = NEWER[name]
+    monkeypatch.setattr(unknown_model_module, "HOST_VERSION", "0.33.1")
+    assert unknown_model(tmp_path / name) == (
+        f"{name} is {title} by its name, which ComfyUI reads {since}; this is ComfyUI 0.33.1."
+        " Update ComfyUI.")
+    monkeypatch.setattr(unknown_model_module, "HOST_VERSION", "0.50.0")
+    assert "holds no diffusion model that this ComfyUI knows" in unknown_model(
+        tmp_path / name).replace("checkpoint", "diffusion model")
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_an_unknown_file_named_like_another_model_is_not_taken_for_a_newer_one(name, tmp_path):
+    assert "by its name" not in unknown_model(tmp_path / name)
