@@ -18,7 +18,7 @@ from .knapsack import bytes_for_costs, choose_in_order, choose_types
 SIGNAL_TO_ERROR = {
     "Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4,
     "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0,
-    "convrot_w4a4": 19.5, "nvfp4": 21.7, "asym_w4a8_int8": 22.9, "mxfp8": 31.5,
+    "convrot_w4a4": 19.5, "nvfp4": 21.7, "asym_w4a8_int8": 23.0, "mxfp8": 31.5,
     "float8_e4m3fn": 31.5, "int8_convrot": 42.9, "NF4": 21.3
 }
 # Power of int8_convrot's error with the inputs rounded too over that with exact ones, of the demo.

@@ -1,5 +1,6 @@
 """Weights packed to ComfyUI's own formats, by torch and by kernels."""
 import contextlib
+import dataclasses
 import random
 
 from devtools.measure.weights import LAYOUTS
@@ -237,3 +238,13 @@ def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, by,
     with Largest() as largest:
         pack_to_type(weight, ROW_TYPES[name], given)
     assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
+
+
+@pytest.mark.parametrize(("name", "most"), [("asym_w4a8_int8", 0.01), ("convrot_w4a4", 0.05)])
+def test_more_scales_than_are_tried_would_gain_nothing(name, most):
+    weight = torch.randn(64, random.choice([256, 1024])) * torch.rand(64, 1).exp()
+    every = dataclasses.replace(ROW_TYPES[name],
+                                shrinks=tuple(share / 200 for share in range(90, 340)))
+    errors = [(pack_to_type(weight, each).dequantize() - weight).square().sum()
+              for each in (ROW_TYPES[name], every)]
+    assert 0 <= 10 * torch.log10(errors[0] / errors[1]) + 1e-4 < most
