@@ -22,8 +22,9 @@ from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import reject_foreign_weights
 from ..comfyui.model_summary import PACK_STATS_KEY
 from ..comfyui.packed_patcher import choose_kitchen_products, keep_packed
-from ..container.weight_file import WeightFileError
+from ..container.weight_file import WeightFileError, first_line
 from ..name_lists import join_some
+from ..out_of_memory import is_out_of_memory
 from ..packing.source import Source, Weight, source_of_model
 from ..progress import Progress
 from ..recipe import model_paths, source_name
@@ -107,12 +108,12 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     source = source_of_model(patcher)
     targets = _targets(patcher, source, pack_to)
     target = targets.files[0]
-    rounded = {key: count for key, patches in patcher.patches.items()
-               if (count := _rounded_patches(patches, round_loras))}
-    if target is None and not rounded:
+    if target is None:
         packed = patcher.clone()
         targets.attach(packed)
         return packed
+    rounded = {key: count for key, patches in patcher.patches.items()
+               if (count := _rounded_patches(patches, round_loras))}
     made_of = target, patcher.load_device, patcher.patches_uuid if rounded else None
     made = getattr(model, COPY, None)
     if made is None or made.made_of != made_of:
@@ -169,13 +170,13 @@ def _targets(patcher, source: Source, pack_to: str) -> Targets:
                           patcher.model.model_config)
 
 
-def _packed_copy(patcher, source: Source, pack_to: str | None, rounded: Mapping[str, int]
+def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, int]
                  ) -> tuple[Any, PackStats]:
     """Returns a patcher of the packed copy, without patches, and what was packed.
 
     rounded: key of a weight -> how many of its patches are rounded in.
     """
-    model, stats = patcher.model, PackStats()
+    model, name = patcher.model, source_name(patcher)
     weights = {name: replace(weight, patches=_first_patches(weight, patcher, rounded))
                for name, weight in source.weights.items() if weight.is_number}
     held = {name: _layer_and_name(model, weight.key) for name, weight in weights.items()
@@ -183,28 +184,34 @@ def _packed_copy(patcher, source: Source, pack_to: str | None, rounded: Mapping[
     packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
     takers = {name for name, (layer, parameter_name) in held.items()
               if parameter_name == "weight" and takes_packed(layer)}
-    if pack_to is not None:
-        stats = pack_weights(_Model(patcher, source), packed, pack_to, Progress("packing"),
-                             device=patcher.load_device, fixed=weights.keys() - takers)
+    stats = pack_weights(_Model(patcher, source), packed, pack_to, Progress("packing"),
+                         device=patcher.load_device, fixed=weights.keys() - takers)
     replaced = {}
-    for name, (layer, parameter_name) in held.items():
-        if name not in takers and not weights[name].patches:
+    for key, (layer, parameter_name) in held.items():
+        if key not in takers and not weights[key].patches:
             continue
-        parameter, value = getattr(layer, parameter_name), packed.pop(name)
+        parameter, value = getattr(layer, parameter_name), packed.pop(key)
         value = value.joined() if isinstance(value, JoinedRows) else value
         dtype = _dense_dtype(parameter, model)
-        if name not in takers:
+        if key not in takers:
             value = value.to(parameter.dtype)
         elif is_packed(value):
             value = relabel(value, dtype=dtype)
         else:
             value = pack_16bit(value, dtype)
         replaced[id(parameter)] = value
-    if not takers or not (stats.sources or stats.unchanged or rounded):
+    if not takers or not (stats.sources or stats.unchanged):
         raise WeightFileError(
-            f"{source_name(patcher)}: none of its weights can be packed: they are small, or in"
-            " layers that are not ComfyUI's. Use the model as it is.")
-    copied = _copy_model(model, replaced)
+            f"{name}: none of its weights can be packed: they are small, or in layers that are not"
+            " ComfyUI's. Use the model as it is.")
+    try:
+        copied = _copy_model(model, replaced)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise WeightFileError(
+            f"{name}: another node has put something into the model that cannot be copied"
+            f" ({first_line(error)}). {ADVICE}") from error
     for layer in copied.modules():
         if is_packed(layer._parameters.get("weight")):
             hold_packed(layer)

@@ -1,6 +1,7 @@
 """Pack Model: whatever loaded a MODEL, its packed copy is what the loaders make of the file, and
 the MODEL stays as it is."""
 import copy
+import threading
 import types
 
 import comfy.hooks
@@ -311,6 +312,10 @@ def test_what_a_copy_would_not_have_is_refused_by_name(path):
     injected.set_injections("bypass", [comfy.model_patcher.PatcherInjection(id, id)])
     with pytest.raises(WeightFileError, match="has bypass put into it while it runs"):
         pack_model(injected, "Q8_0")
+    patcher.model.diffusion_model.lock = threading.Lock()
+    with pytest.raises(WeightFileError, match="^flux: another node has put something into the model"
+                       " that cannot be copied .*lock.*Put Pack Model"):
+        pack_model(patcher, "Q8_0")
     with pytest.raises(WeightFileError, match="^flux: none of its weights can be packed"):
         odd = copy.copy(patcher)
         for layer in odd.model.modules():
