@@ -21,12 +21,12 @@ MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it,
 # ComfyUI that reads it, as its card says; "" where no card does, and ComfyUI 0.33 does not read it.
 # No such file was seen here, so that its tensors are not known.
 NEWER_MODELS = {
-    r"\bp[ ._-]?h3[ ._-]?image": ("P-H3-Image", "0.44"),
+    r"(?<![a-z])p[ ._-]?h3[ ._-]?image": ("P-H3-Image", "0.44"),
     r"minimax[ ._-]?h3[ ._-]?image": ("MiniMax-H3-Image", "0.45.2"),
     r"moss[ ._-]?image": ("MOSS-Image", "0.42"),
-    r"qwen[ ._-]?image[ ._-]?2[ ._-]?1(?!\d)": ("Qwen-Image-2.1", ""),
-    r"flux[ ._-]?3(?!\d)": ("FLUX.3", ""),
-    r"ltx[ ._-]?(v[ ._-]?)?2[ ._-]?5(?!\d)": ("LTX-2.5", ""),
+    r"qwen[ ._-]?image[ ._-]?2[ ._-]?1(?![\da-z])": ("Qwen-Image-2.1", ""),
+    r"flux[ ._-]?3(?![\da-z])": ("FLUX.3", ""),
+    r"ltx[ ._-]?(v[ ._-]?)?2[ ._-]?5(?![\da-z])": ("LTX-2.5", ""),
 }
 LAST_WITHOUT = "0.33"  # the newest ComfyUI that is known not to read them
 
@@ -60,9 +60,9 @@ def reject_unknown_model(
     reject_side_model(file)
     prefix = model_prefix(state_dict)
     named = file.metadata.get("general.architecture")
-    newer = _newer_model_text(file.name, str(named or ""))
-    problem = (newer or _missing_keys_text(state_dict, prefix) or _left_out_text(state_dict, prefix)
-               or _uneven_bias_text(state_dict) or _cut_names_text(file.entries))
+    problem = (_missing_keys_text(state_dict, prefix) or _left_out_text(state_dict, prefix)
+               or _uneven_bias_text(state_dict) or _cut_names_text(file.entries)
+               or _newer_model_text(file.name, str(named or "")))
     if problem:
         raise WeightFileError(f"{file.name} {problem}")
     if lost := _find_deciding_weight(state_dict, prefix):

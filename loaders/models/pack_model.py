@@ -4,9 +4,13 @@ The copy has all else that the model has, whatever loaders and other nodes have 
 MODEL's own patches, hooks, wrappers and options. The model stays as it is.
 """
 import copy
+import functools
+import inspect
 import re
 import types
-from collections.abc import Mapping, Sequence
+import uuid
+import weakref
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +20,13 @@ import torch
 
 from ...ops.layers.comfyui_operations import hold_packed, takes_packed
 from ...ops.patcher.patched_weights import Patch
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, pack_16bit, safe_detach
+from ...ops.tensor.packed_layout import (
+    QuantizedTensor,
+    is_packed,
+    pack_16bit,
+    plain_dtype_of,
+    safe_detach,
+)
 from ...ops.tensor.packed_tensor import relabel
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import reject_foreign_weights
@@ -27,11 +37,12 @@ from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..packing.source import Source, Weight, source_of_model
 from ..progress import Progress
-from ..recipe import model_paths, source_name
+from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
-from .pack_on_load import PackStats, pack_weights
+from .pack_on_load import PackStats, pack_weights, size_of_target
 
 ADVICE = "Put Pack Model (Featherweight) before the node that adds it."
+COMPILED = "torch_compile_kwargs"  # in the options of a model that ComfyUI's node compiles
 COPY = "featherweight_copy"  # attribute of the host's model: its `_Copy`
 # What the host and this pack keep on a model, and on its layers, while it is on a device.
 STATE = ("dynamic_patchers", "dynamic_pins", "dynamic_vbars", "packed_patches", "packed_residency",
@@ -45,14 +56,25 @@ class _Copy:
     """The packed copy of a model.
 
     Attributes:
-        made_of: what was packed, where, and to what.
+        target: what was packed to.
+        device: of the model.
+        rounded: what was rounded in: of each patch the weight and its numbers, and a reference to
+            what it adds.
         patcher: of the copy, without patches.
         stats: of the packing.
     """
 
-    made_of: tuple
+    target: str
+    device: torch.device
+    rounded: Sequence[tuple[tuple, Callable[[], Any]]]
     patcher: Any
     stats: PackStats
+
+    def is_of(self, target: str, device: torch.device, rounded: Sequence) -> bool:
+        """Returns whether it is what packing would give."""
+        return (self.target, self.device, len(self.rounded)) == (target, device, len(rounded)) and (
+            all(numbers == own and added() is not None and added() is own_added()
+                for (numbers, added), (own, own_added) in zip(rounded, self.rounded)))
 
 
 class _PatchedRows(JoinedRows):
@@ -102,28 +124,32 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     Raises:
         WeightFileError: for a model that cannot be packed.
     """
-    _reject_unpackable(patcher)
     model: Any = patcher.model
-    _unload(model)
+    _unload(model)  # a part that is patched in would count as the model's
+    _reject_unpackable(patcher)
     source = source_of_model(patcher)
     targets = _targets(patcher, source, pack_to)
     target = targets.files[0]
     if target is None:
+        vars(model).pop(COPY, None)
         packed = patcher.clone()
         targets.attach(packed)
         return packed
     rounded = {key: count for key, patches in patcher.patches.items()
                if (count := _rounded_patches(patches, round_loras))}
-    made_of = target, patcher.load_device, patcher.patches_uuid if rounded else None
+    patches = [_identity(key, patch) for key, count in rounded.items()
+               for patch in patcher.patches[key][:count]]
     made = getattr(model, COPY, None)
-    if made is None or made.made_of != made_of:
+    if made is None or not made.is_of(target, patcher.load_device, patches):
         vars(model).pop(COPY, None)  # before the next one is made
-        made = _Copy(made_of, *_packed_copy(patcher, source, target, rounded))
+        made = _Copy(target, patcher.load_device, patches,
+                     *_packed_copy(patcher, source, target, rounded))
         setattr(model, COPY, made)
     packed = _clone_for(made.patcher, patcher)
-    for key, count in rounded.items():
-        packed.patches[key] = packed.patches[key][count:]
-    packed.patches = {key: patches for key, patches in packed.patches.items() if patches}
+    if rounded:
+        packed.patches = {key: rest for key, patches in packed.patches.items()
+                          if (rest := patches[rounded.get(key, 0):])}
+        packed.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(sorted(rounded.items())))
     made.stats.attach(packed)
     targets.attach(packed)
     return packed
@@ -136,6 +162,15 @@ def _rounded_patches(patches: Sequence[Patch], all_of_them: bool) -> int:
         return len(patches)
     return max((index + 1 for index, (_, value, *_) in enumerate(patches)
                 if isinstance(value, list)), default=0)
+
+
+def _identity(key: str, patch: Patch) -> tuple[tuple, Callable[[], Any]]:
+    """Returns what tells a patch of a weight from others, and a reference to what it adds, which
+    does not keep that alive."""
+    strength, value, *numbers = patch
+    while isinstance(value, (list, tuple)):  # of tensors, next to names and numbers
+        value = next((each for each in value if isinstance(each, (list, tuple, torch.Tensor))), key)
+    return (key, strength, *numbers), (lambda: key) if value is key else weakref.ref(value)
 
 
 def _unload(model: torch.nn.Module):
@@ -153,13 +188,30 @@ def _reject_unpackable(patcher):
         raise WeightFileError(
             f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
             f" LoRA is, which a packed copy would not have. {ADVICE}")
-    own = set(patcher.model.modules())
-    wrapped = [name for name, value in patcher.object_patches.items()
-               if isinstance(value, torch.nn.Module) and not own.isdisjoint(value.modules())]
+    own = set(map(id, patcher.model.modules()))
+    parts = {**patcher.object_patches, **{
+        f"{name}.{attribute}": value for name, module in patcher.model.named_modules()
+        for attribute, value in vars(module).items()}}
+    wrapped = [name for name, value in parts.items() if _uses_modules(value, own)]
+    wrapped += [name for name in (COMPILED,) if patcher.model_options.get(name)]
     if wrapped:
         raise WeightFileError(
             f"Another node has wrapped {join_some(wrapped)} of the model, as torch.compile does,"
             f" which a packed copy would not have. {ADVICE}")
+
+
+def _uses_modules(value: Any, own: Container[int]) -> bool:
+    """Returns whether a part that another node has set would go on computing with a model's own
+    modules, of these `id`s, in a copy: wraps them, or is a function that was made with them."""
+    if isinstance(value, torch.nn.Module):
+        return any(id(module) in own for module in value.modules())
+    inside = []
+    if isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, (types.FunctionType, types.MethodType)):
+        inside = inspect.getclosurevars(getattr(value, "__func__", value)).nonlocals.values()
+    return any(id(each.__self__ if isinstance(each, types.MethodType) else each) in own
+               for each in inside)
 
 
 def _targets(patcher, source: Source, pack_to: str) -> Targets:
@@ -184,8 +236,12 @@ def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, in
     packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
     takers = {name for name, (layer, parameter_name) in held.items()
               if parameter_name == "weight" and takes_packed(layer)}
+    fixed = {name for name, weight in weights.items()
+             if name not in takers and len(weight.shape) > 1}
+    packed |= {name: getattr(*held[name]).detach() for name in fixed & held.keys()
+               if not weights[name].patches}  # as large as they stay
     stats = pack_weights(_Model(patcher, source), packed, pack_to, Progress("packing"),
-                         device=patcher.load_device, fixed=weights.keys() - takers)
+                         device=patcher.load_device, fixed=fixed)
     replaced = {}
     for key, (layer, parameter_name) in held.items():
         if key not in takers and not weights[key].patches:
@@ -200,7 +256,9 @@ def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, in
         else:
             value = pack_16bit(value, dtype)
         replaced[id(parameter)] = value
-    if not takers or not (stats.sources or stats.unchanged):
+    is_quantized = any(is_packed(value) and plain_dtype_of(value) is None
+                       for value in replaced.values())
+    if not takers or not (is_quantized or size_of_target(pack_to)):
         raise WeightFileError(
             f"{name}: none of its weights can be packed: they are small, or in layers that are not"
             " ComfyUI's. Use the model as it is.")
@@ -218,7 +276,9 @@ def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, in
     make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
     made = make.patcher_of(copied)
     made.cached_patcher_init = make, tuple(model_paths(patcher)[:1])
-    choose_kitchen_products(made)
+    load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
+    if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
+        choose_kitchen_products(made)
     return made, stats
 
 
@@ -321,11 +381,14 @@ def _clone_for(made, patcher):
     packed.hook_backup, packed.cached_hook_patches = {}, {}
     if hasattr(packed, "remove_additional_models"):
         packed.remove_additional_models("multigpu")
-    copies = dict(zip(patcher.model.modules(), packed.model.modules(), strict=True))
-    packed.object_patches = {
-        name: types.MethodType(value.__func__, copies[value.__self__])
-        if isinstance(value, types.MethodType) and value.__self__ in copies else value
-        for name, value in patcher.object_patches.items()}
+    names = {id(module): name for name, module in patcher.model.named_modules()}
+    bound = {name: value for name, value in patcher.object_patches.items()
+             if isinstance(value, types.MethodType) and id(value.__self__) in names}
+    if bound:
+        _unload(packed.model)  # whose parts other nodes may have replaced meanwhile
+    for name, value in bound.items():
+        owner = packed.model.get_submodule(names[id(value.__self__)])
+        packed.object_patches[name] = types.MethodType(value.__func__, owner)
     for key in (FIT_KEY, PACK_STATS_KEY):
         packed.attachments.pop(key, None)
     return packed

@@ -199,7 +199,7 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
             log.info("%s is packed by %s", file.name, measured.file)
     try:
         types = _types_for(weights, pack_to if size is None else size, prefix,
-                           measured and measured.costs)
+                           measured and measured.costs, fixed)
     except PlanError as error:
         raise WeightFileError(f"{file.name}: {error}") from error
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
@@ -307,20 +307,29 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
 
 
 def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | int, prefix: str,
-               costs: Mapping[str, Mapping[str, float]] | None) -> dict[str, str]:
-    """Returns name -> type of each weight, by the plan for a type or for bytes."""
+               costs: Mapping[str, Mapping[str, float]] | None,
+               fixed: Container[str]) -> dict[str, str]:
+    """Returns name -> type of each weight, by the plan for a type or for bytes.
+
+    fixed: names of those that stay as they are.
+    """
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {
         name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
     }
     rules = rules_for(shapes)
+    stay = [name for name in weights if name in fixed]
+    for name in stay:
+        del shapes[name.removeprefix(prefix)]
     if isinstance(target, int):
+        target -= sum(_bytes_of(weights[name]) for name in stay)
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
-                  if is_packed(tensor)}
+                  if is_packed(tensor) and name not in fixed}
         planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
     else:
         planned = plan_for_type(shapes, target, rules, halves).types
-    return {name: planned[name.removeprefix(prefix)] for name in weights}
+    return {name: AS_STORED if name in fixed else planned[name.removeprefix(prefix)]
+            for name in weights}
 
 
 def measurement_of(file: PackedFrom, shapes: Shapes

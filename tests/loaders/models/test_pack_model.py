@@ -1,6 +1,7 @@
 """Pack Model: whatever loaded a MODEL, its packed copy is what the loaders make of the file, and
 the MODEL stays as it is."""
 import copy
+import functools
 import threading
 import types
 
@@ -12,6 +13,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
 from host_formats import HOST_FORMATS, in_host_format
@@ -38,8 +40,9 @@ from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.pack_on_load import size_target
 from featherweight.loaders.models.placement import place
 from featherweight.loaders.packing.source import source_of_model
+from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors, plain_dtype_of
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -113,6 +116,10 @@ def same(actual: dict, expected: dict) -> bool:
     return actual.keys() == expected.keys() and all(
         torch.equal(a, b) for name in expected
         for a, b in zip(actual[name], expected[name], strict=True))
+
+
+def is_quantized(weight) -> bool:
+    return is_packed(weight) and plain_dtype_of(weight) is None
 
 
 @pytest.fixture
@@ -322,3 +329,94 @@ def test_what_a_copy_would_not_have_is_refused_by_name(path):
             if isinstance(layer, torch.nn.Linear):
                 layer.__class__ = torch.nn.Linear
         pack_model(odd, "Q8_0")
+
+
+def test_the_same_merge_with_loras_rounded_in_and_then_not_is_packed_for_each(path, counted):
+    patcher = patched(merged(path), (lora_for(tiny_flux()), 0.8))
+    before = run(patcher)
+    for round_loras in (False, True, False):
+        counted.clear()
+        packed = pack_model(patcher, "Q8_0", round_loras)
+        assert counted and bool(packed.patches) != round_loras
+        assert packed.patches_uuid != patcher.patches_uuid
+        assert relative(run(packed), before) < 0.05
+    counted.clear()
+    again = pack_model(patched(patcher, (lora_for(tiny_flux(), seed=1), 0.5)), "Q8_0")
+    assert not counted and again.model is packed.model and len(again.patches) == len(packed.patches)
+
+
+def test_a_model_that_runs_with_another_sampling_is_packed(path):
+    patcher = comfy.sd.load_diffusion_model(path)
+    sampling = copy.deepcopy(patcher.get_model_object("model_sampling"))
+    patcher.add_object_patch("model_sampling", sampling)
+    run(patcher)  # ComfyUI puts it into the model meanwhile
+    packed = pack_model(patcher, "Q8_0")
+    run(packed)
+    assert packed.model.model_sampling is sampling
+    assert relative(run(packed), run(patcher)) < 0.05
+
+
+def functions_of(network) -> dict:
+    """Name -> a function that computes with the modules that it was made with."""
+    forward = network.forward
+    return {"closure": lambda *args, **kwargs: forward(*args, **kwargs),
+            "partial": functools.partial(forward)}
+
+
+@pytest.mark.parametrize("kind", ["closure", "partial"])
+@pytest.mark.parametrize("where", ["object patch", "model"])
+def test_a_function_that_would_compute_with_the_unpacked_model_is_refused(kind, where, path):
+    patcher = comfy.sd.load_diffusion_model(path)
+    network = patcher.model.diffusion_model
+    function = functions_of(network)[kind]
+    if where == "model":
+        network.forward = function
+    else:
+        patcher.add_object_patch("diffusion_model.forward", function)
+    with pytest.raises(WeightFileError, match=r"wrapped diffusion_model\.forward of the model"):
+        pack_model(patcher, "Q8_0")
+
+
+def test_a_compiled_model_is_refused(path):
+    patcher = TorchCompileModel.execute(comfy.sd.load_diffusion_model(path), "inductor").args[0]
+    with pytest.raises(WeightFileError, match="^Another node has wrapped torch_compile_kwargs"):
+        pack_model(patcher, "Q8_0")
+
+
+def test_a_copy_with_replaced_parts_is_cloned_for_another_lora(path):
+    patcher = by_another_pack(path)
+    patcher.add_object_patch("diffusion_model.forward", types.MethodType(
+        lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs),
+        patcher.model.diffusion_model))
+    packed = pack_model(patcher, "Q8_0")
+    behind = packed.clone()
+    behind.add_object_patch("diffusion_model.img_in", torch.nn.Sequential(
+        packed.get_model_object("diffusion_model.img_in"), torch.nn.Identity()))
+    output = run(behind)
+    again = pack_model(patched(patcher, (lora_for(tiny_flux()), 0.5)), "Q8_0")
+    assert again.model is packed.model and relative(run(again), output) > 0.01
+
+
+def test_a_size_counts_what_is_in_layers_of_others(path):
+    patcher = comfy.sd.load_diffusion_model(path)
+    for name, layer in patcher.model.diffusion_model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".txt_" in name:
+            layer.__class__ = torch.nn.Linear
+    others = sum(4 * value.numel() for name, value in tiny_flux().items() if ".txt_" in name)
+    asked = others + 2_000_000
+    packed = pack_model(patcher, size_target(asked))
+    held = sum(weight.nbytes for weight in weights_of(packed).values())
+    assert 0.8 * asked < held < 1.02 * asked
+    with pytest.raises(WeightFileError, match="too small for this model"):
+        pack_model(patcher, size_target(others))
+
+
+@pytest.mark.parametrize(("compute", "expected"), [
+    ("exact", "exact"), ("automatic", "int8"), (None, "int8")])
+def test_who_loaded_it_exactly_computes_the_copy_exactly(compute, expected, path, monkeypatch):
+    monkeypatch.setattr(kitchen_products, "runs", lambda *arguments: True)
+    patcher = (comfy.sd.load_diffusion_model(path) if compute is None else load_diffusion_model(
+        path, compute=compute, disable_dynamic=True))
+    packed = pack_model(patcher, "int8_convrot")
+    assert {layer.compute for layer in packed.model.modules()
+            if isinstance(layer, PackedLayer) and is_quantized(layer.weight)} == {expected}

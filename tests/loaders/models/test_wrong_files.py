@@ -183,7 +183,8 @@ NEWER = {
     "MOSS-Image-Q4_K_M.gguf": ("MOSS-Image", "from 0.42 on"),
 }
 OLDER = ("qwen-image-2512-Q4_K_M.gguf", "ltx-2.3-22b-dev-Q3_K.gguf", "flux1-dev-Q3_K_S.gguf",
-         "minimax_h3_fl2va_pruned-Q4_K.gguf", "Wan2.2-I2V-A14B-HighNoise-Q2_K.gguf")
+         "minimax_h3_fl2va_pruned-Q4_K.gguf", "Wan2.2-I2V-A14B-HighNoise-Q2_K.gguf",
+         "flux-3d-render.safetensors", "flux1-dev-flux-3steps.gguf", "ltx-25fps.safetensors")
 
 
 def unknown_model(path) -> str:
