@@ -6,7 +6,6 @@ from ..loaders.models.pack_model import pack_model
 from ..loaders.models.pack_on_load import TYPES
 from .load_diffusion_model import DEFAULT_SIZE, MIX, packed_type, size_input
 from .node_text import loader_output
-from .search_words import OF_MODELS
 
 STAY, ROUND_IN = "stay LoRAs (exact)", "round in"
 
@@ -23,13 +22,10 @@ class PackModel(io.ComfyNode):
             description="Makes a packed copy of any model, whatever loaded or merged it: for a"
             " model from another pack's loader, or a merge. The model before it stays as it is.",
             search_aliases=[
-                "quantize model",
-                "quantise model",
                 "pack model",
-                "convert model",
+                "pack merge",
                 "shrink model",
                 "fit model",
-                *OF_MODELS,
             ],
             inputs=[
                 io.Model.Input(

@@ -12,7 +12,7 @@ NAME = "featherweight_pack_model_bf16.safetensors"
 PACKED = "weights of"  # in the log
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def prompt(server):
     """The demo's with ComfyUI's loader, a LoRA, Pack Model, and another picture of the model before
     it; "pack" and "lora" are nodes."""
@@ -22,7 +22,8 @@ def prompt(server):
     _, prompt = demo.run_workflow(server)
     loader, sampler, save = (next(node for node, spec in prompt.items() if spec["class_type"] == of)
                              for of in (demo.LOADER, "KSampler", "SaveImage"))
-    lora = next(path.name for path in (server.base / "models" / "loras").iterdir())
+    lora = next(path.name for path in (server.base / "models" / "loras").iterdir()
+                if path.name.startswith("featherweight_demo_lora"))
     decoder = prompt[save]["inputs"]["images"][0]
     prompt[loader] = {"class_type": "UNETLoader",
                       "inputs": {"unet_name": NAME, "weight_dtype": "default"}}
@@ -46,6 +47,7 @@ def pictures(server, run) -> list[np.ndarray]:
 
 
 def test_a_model_is_packed_once_and_is_used_packed_and_unpacked(server, prompt):
+    server.forget()
     before = len(server.log())
     run = server.queue(prompt)
     packed, plain = pictures(server, run)

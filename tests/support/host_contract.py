@@ -41,6 +41,7 @@ POSITIONS = {
     "comfy.model_detection.detect_unet_config": "state_dict key_prefix",
     "comfy.model_detection.model_config_from_unet": "state_dict unet_key_prefix * metadata",
     "comfy.model_detection.unet_config_from_diffusers_unet": "state_dict",
+    "comfy.model_management.free_memory": "memory_required device keep_loaded",
     "comfy.model_patcher.LazyCastingParam": "model key tensor",
     "comfy.model_patcher.LowVramPatch": "key patches convert_func set_func",
     "comfy.model_patcher.ModelPatcher": "model load_device offload_device",
