@@ -1,4 +1,4 @@
-"""Packs the model of any MODEL, whatever loaded it: a copy with packed matrices, beside the model.
+"""Packs the model of any MODEL: makes a copy with packed matrices, next to the model itself.
 
 The copy has all else that the model has, whatever loaders and other nodes have set on it, and the
 MODEL's own patches, hooks, wrappers and options. The model stays as it is.
@@ -35,7 +35,7 @@ from ..comfyui.packed_patcher import choose_kitchen_products, keep_packed
 from ..container.weight_file import WeightFileError, first_line
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
-from ..packing.source import Source, Weight, source_of_model
+from ..packing.source import Weight, source_of_model
 from ..progress import Progress
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
@@ -90,17 +90,13 @@ class _PatchedRows(JoinedRows):
 
 
 class _Model:
-    """A model as `pack_weights` sees the file of one.
+    """A model as `pack_weights` sees the file of one, and the source of its weights."""
 
-    Args:
-        patcher: of the model.
-        source: of its weights.
-    """
-
-    def __init__(self, patcher, source: Source):
+    def __init__(self, patcher):
         self.name = source_name(patcher)
         self.path = next(iter(model_paths(patcher)), "")
-        self.drop_pages = source.drop_pages
+        self.source = source_of_model(patcher)
+        self.drop_pages = self.source.drop_pages
 
     def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
         return WeightFileError(f"{self.name}: {problem}. {advice}")
@@ -127,8 +123,10 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     model: Any = patcher.model
     _unload(model)  # a part that is patched in would count as the model's
     _reject_unpackable(patcher)
-    source = source_of_model(patcher)
-    targets = _targets(patcher, source, pack_to)
+    targets, file = Targets((pack_to,)), None
+    if pack_to == FIT:
+        file = _Model(patcher)
+        targets = _fitting_targets(patcher, file)
     target = targets.files[0]
     if target is None:
         vars(model).pop(COPY, None)
@@ -143,7 +141,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     if made is None or not made.is_of(target, patcher.load_device, patches):
         vars(model).pop(COPY, None)  # before the next one is made
         made = _Copy(target, patcher.load_device, patches,
-                     *_packed_copy(patcher, source, target, rounded))
+                     *_packed_copy(patcher, file or _Model(patcher), target, rounded))
         setattr(model, COPY, made)
     packed = _clone_for(made.patcher, patcher)
     if rounded:
@@ -214,23 +212,22 @@ def _uses_modules(value: Any, own: Container[int]) -> bool:
                for each in inside)
 
 
-def _targets(patcher, source: Source, pack_to: str) -> Targets:
-    if pack_to != FIT:
-        return Targets((pack_to,))
+def _fitting_targets(patcher, file: _Model) -> Targets:
+    source = file.source
     stored = {name: weight.tensor for name, weight in source.weights.items() if weight.is_number}
-    return loaded_targets(_Model(patcher, source), stored, source.shapes, patcher.load_device,
+    return loaded_targets(file, stored, source.shapes, patcher.load_device,
                           patcher.model.model_config)
 
 
-def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, int]
+def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
                  ) -> tuple[Any, PackStats]:
     """Returns a patcher of the packed copy, without patches, and what was packed.
 
     rounded: key of a weight -> how many of its patches are rounded in.
     """
-    model, name = patcher.model, source_name(patcher)
+    model = patcher.model
     weights = {name: replace(weight, patches=_first_patches(weight, patcher, rounded))
-               for name, weight in source.weights.items() if weight.is_number}
+               for name, weight in file.source.weights.items() if weight.is_number}
     held = {name: _layer_and_name(model, weight.key) for name, weight in weights.items()
             if hasattr(model, weight.key.partition(".")[0])}
     packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
@@ -240,7 +237,7 @@ def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, in
              if name not in takers and len(weight.shape) > 1}
     packed |= {name: getattr(*held[name]).detach() for name in fixed & held.keys()
                if not weights[name].patches}  # as large as they stay
-    stats = pack_weights(_Model(patcher, source), packed, pack_to, Progress("packing"),
+    stats = pack_weights(file, packed, pack_to, Progress("packing"),
                          device=patcher.load_device, fixed=fixed)
     replaced = {}
     for key, (layer, parameter_name) in held.items():
@@ -260,22 +257,22 @@ def _packed_copy(patcher, source: Source, pack_to: str, rounded: Mapping[str, in
                        for value in replaced.values())
     if not takers or not (is_quantized or size_of_target(pack_to)):
         raise WeightFileError(
-            f"{name}: none of its weights can be packed: they are small, or in layers that are not"
-            " ComfyUI's. Use the model as it is.")
+            f"{file.name}: none of its weights can be packed: they are small, or in layers that are"
+            " not ComfyUI's. Use the model as it is.")
     try:
         copied = _copy_model(model, replaced)
     except (TypeError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise WeightFileError(
-            f"{name}: another node has put something into the model that cannot be copied"
+            f"{file.name}: another node has put something into the model that cannot be copied"
             f" ({first_line(error)}). {ADVICE}") from error
     for layer in copied.modules():
         if is_packed(layer._parameters.get("weight")):
             hold_packed(layer)
     make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
     made = make.patcher_of(copied)
-    made.cached_patcher_init = make, tuple(model_paths(patcher)[:1])
+    made.cached_patcher_init = make, (file.path,)
     load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
     if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
         choose_kitchen_products(made)

@@ -206,8 +206,9 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
               if name not in fixed and not _stays(tensor, types[name], size is not None)}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder, path, entry = packed_cache.folder(packed_folder()), None, None
-    if isinstance(file, WeightFile):
-        path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to),
+    cached_file = file if isinstance(file, WeightFile) else None
+    if cached_file:
+        path = packed_cache.entry_path(cached_file, to_pack, folder, suffix_for(pack_to),
                                        measurement_state)
         entry = packed_cache.read(path, partial(read_entry, wanted={
             name.removeprefix(prefix): each for name, each in wanted.items()}))
@@ -249,11 +250,9 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
         "", total(losses, WEIGHTS, {name: math.prod(shapes[name]) for name in losses}))
     if measured:
         loss = 0.0
-    is_kept = isinstance(file, WeightFile) and path is not None and not entry
-    if is_kept and packed_cache.keeps(time.perf_counter() - started):
+    if cached_file and not entry and packed_cache.keeps(time.perf_counter() - started):
         tensors = entry_weights(state_dict, prefix)
-        assert isinstance(file, WeightFile)
-        write = partial(write_entry, file=file, tensors=tensors, loss=loss)
+        write = partial(write_entry, file=cached_file, tensors=tensors, loss=loss)
         cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
     stats = PackStats(tuple(name for name, _ in sources.most_common()),
                       tuple(name for name, _ in unchanged.most_common()),

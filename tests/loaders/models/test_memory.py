@@ -60,8 +60,8 @@ def test_a_step_adds_at_most_one_layers_dense_size(figures):
 @pytest.mark.parametrize("kind", ["packing", "loaded"])
 def test_packing_takes_two_dense_tensors_beside_what_is_held(
         kind, hidden, type_name, spare, tmp_path):
-    """Without letting go of what was read, the whole file would be in memory beside the result; a
-    model that is loaded is there anyway."""
+    """Without letting go of what was read, the whole file would be in memory next to the
+    result; a model that is loaded is there anyway."""
     path, some = tmp_path / "flux.safetensors", (torch.randn(1 << 20) * 0.02).bfloat16()
     shapes = {name: torch.Size(shape) for name, shape in flux_shapes(hidden, 1, 1, 4096).items()}
     save_file({name: some.repeat(-(-shape.numel() // len(some)))[:shape.numel()].view(shape).clone()

@@ -170,7 +170,7 @@ def test_a_folder_of_a_pipeline_is_named_with_it(part, tmp_path):
         load(str(folder))
 
 
-# names of published files -> what is said of them
+# names of published files -> (the model, which ComfyUI reads it)
 NEWER = {
     "flux3-image-klein-base-int8-convrot.safetensors": ("FLUX.3", "in a version after 0.33"),
     "FLUX-3-Image-Klein-AD-Q4_K.gguf": ("FLUX.3", "in a version after 0.33"),
