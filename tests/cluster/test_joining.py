@@ -34,7 +34,6 @@ sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
-from featherweight.cluster import batch, ray_connection
 from featherweight.cluster.ray_connection import connect
 try:
     connect(sys.argv[2])
