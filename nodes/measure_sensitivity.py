@@ -12,7 +12,8 @@ from ..loaders.packing.calibration.measure import (
     measure,
 )
 from ..loaders.packing.calibration.sampling import SamplingRun
-from ..loaders.packing.calibration.sensitivity import FAST, report, summary
+from ..loaders.packing.calibration.sensitivity import FAST, Sensitivity, report, summary
+from ..loaders.packing.calibration.while_generating import WhileGenerating
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
 from ..loaders.paths.name_tokens import fill_in
 from ..loaders.recipe import source_name
@@ -20,6 +21,7 @@ from .node_text import show_text
 from .number_checks import reject_infinite
 from .renamed_options import current, renamed_combo
 
+WHILE_GENERATING = "while you generate"
 RENAMED_EFFORTS = {"one run per layer": NORMAL, "no runs": FAST, EACH_TYPE: EACH_TYPE}
 
 
@@ -101,13 +103,14 @@ class MeasureSensitivity(io.ComfyNode):
                 ),
                 renamed_combo(
                     "thoroughness",
-                    CHOICES,
+                    (*CHOICES, WHILE_GENERATING),
                     RENAMED_EFFORTS,
                     default=NORMAL,
                     display_name="effort",
                     tooltip="How the cost of packing a layer is measured. normal: by its effect on"
                     " the model's output. fast: by the layer's own error, which takes less time and"
-                    " is a little less exact.",
+                    " is a little less exact. while you generate: as fast, from the images of the"
+                    " sampler that gets the output model; none are generated here.",
                 ),
                 io.String.Input(
                     "name",
@@ -133,6 +136,11 @@ class MeasureSensitivity(io.ComfyNode):
                     display_name="report",
                     tooltip="The layers that matter most, each with the cost of packing it.",
                 ),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model. With effort while you generate, connect it to your sampler:"
+                    " the file is written after 1, 2, 4, 8 ... images.",
+                ),
             ],
         )
 
@@ -147,15 +155,29 @@ class MeasureSensitivity(io.ComfyNode):
             [entry] for conditioning in positive or () if conditioning for entry in conditioning
         ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
+
+        def save(sensitivity: Sensitivity) -> str:
+            """Saves a measurement. Returns the names and sizes of its files."""
+            sensitivity.save(path)
+            heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
+            if next(iter(imatrix or ()), False):
+                imatrices = [f"{path.removesuffix(SENSITIVITY)}{suffix}"
+                             for suffix in IMATRIX_SUFFIXES]
+                write_imatrix(sensitivity, *imatrices)
+                for imatrix_path in imatrices:
+                    heading = f"{os.path.basename(imatrix_path)}\n{heading}"
+            return heading
+
+        effort = current(thoroughness[0], RENAMED_EFFORTS)
+        if effort == WHILE_GENERATING:
+            text = (f"{os.path.basename(path)}\nwill be written after 1, 2, 4, 8 ... images that"
+                    " are generated with the output model.")
+            show_text(text)
+            return io.NodeOutput(path, text, WhileGenerating(save).attach(model),
+                                 ui=ui.PreviewText(text))
         run = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
-        sensitivity = measure(model, run, current(thoroughness[0], RENAMED_EFFORTS))
-        sensitivity.save(path)
-        heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
-        if next(iter(imatrix or ()), False):
-            imatrices = [f"{path.removesuffix(SENSITIVITY)}{suffix}" for suffix in IMATRIX_SUFFIXES]
-            write_imatrix(sensitivity, *imatrices)
-            for imatrix_path in imatrices:
-                heading = f"{os.path.basename(imatrix_path)}\n{heading}"
+        sensitivity = measure(model, run, effort)
+        heading = save(sensitivity)
         show_text(heading + summary(sensitivity))
         text = heading + report(sensitivity)
-        return io.NodeOutput(path, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(path, text, model, ui=ui.PreviewText(text))

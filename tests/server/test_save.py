@@ -3,6 +3,7 @@ nothing left by a cancel."""
 import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from devtools import demo
@@ -89,3 +90,19 @@ def test_a_cancel_leaves_nothing(server):
     with pytest.raises(ServerError, match="FeatherweightSavePackedModel was interrupted"):
         save(server, path.name, cancel)
     assert files_in(server) == before
+
+
+def test_a_measurement_of_the_samplers_own_images_leaves_them_equal_and_is_used(server):
+    _, prompt = demo.run_workflow(server)
+    server.forget()
+    expected = server.pixels(server.queue(prompt))
+    sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
+    prompt["measure"] = {"class_type": "FeatherweightMeasureSensitivity", "inputs": {
+        "model": prompt[sampler]["inputs"]["model"], "samples": 8, "steps": 12, "cfg": 1.0,
+        "seed": 0, "thoroughness": "while you generate", "name": "own"}}
+    prompt[sampler]["inputs"]["model"] = ["measure", 2]
+    server.forget()
+    assert np.array_equal(server.pixels(server.queue(prompt)), expected)
+    [file] = (server.base / "output" / "sensitivity").glob("own_*")
+    save(server, demo.MODEL_NAME, measurement=file.name)
+    assert len(files_in(server)) > 0

@@ -5,7 +5,7 @@ times the difference between its packed and its own weight added to the layer's 
 weights are not replaced.
 """
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -72,25 +72,38 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     for _ in ticks:  # a sampler may take fewer steps
         pass
     load(patcher)
-    runs = Costs(patcher.model, steps) if count else None
-    costs: dict[str, dict[str, float]] = {}
+    cost = estimate_costs
+    if count:
+        runs = Costs(patcher.model, steps)
+
+        def cost(layer, weight, moments):
+            return runs.measure_layer(layer, weight, moments, every_type)
+
+    about = {"samples": sampling.samples, "steps": sampling.steps, "seed": sampling.seed,
+             "cfg": sampling.cfg, "thoroughness": thoroughness}
+    return measurement_of(patcher, collector, progress, cost, about)
+
+
+def measurement_of(patcher, collector: Collector, progress: Progress,
+                   cost: Callable[[torch.nn.Linear, torch.Tensor, SecondMoments], dict[str, float]],
+                   about: dict) -> Sensitivity:
+    """Returns the measurement of a model from the moments of its layers' inputs.
+
+    Args:
+        patcher: the host's ModelPatcher.
+        collector: of the moments.
+        progress: the layers are its next stage.
+        cost: returns type -> cost of a layer, by the layer, its weight, and its inputs' moments.
+        about: what was run, in words and numbers.
+    """
+    layers, costs = collector.layers, {}
     for name, layer in progress.track(list(layers.items())):
         moments = collector.moments_of(name)
-        has_types = bool(types_for(tuple(layer.weight.shape)))
-        if moments is not None and has_types:
+        if moments is not None and types_for(tuple(layer.weight.shape)):
             stop_where_cancelled()
-            weight = dense_weight(layer, patcher.load_device)
-            costs[name] = (
-                runs.measure_layer(layer, weight, moments, every_type)
-                if runs
-                else estimate_costs(weight, moments)
-            )
+            costs[name] = cost(layer, dense_weight(layer, patcher.load_device), moments)
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
-    about = {
-        "model": type(patcher.model).__name__, "samples": sampling.samples, "steps": sampling.steps,
-        "seed": sampling.seed, "cfg": sampling.cfg, "thoroughness": thoroughness,
-        "columns_of_a_block": collector.block
-    }
+    about = {"model": type(patcher.model).__name__, "columns_of_a_block": collector.block} | about
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
 
 
@@ -222,7 +235,8 @@ class Costs:
         return scale_costs(measured, weight_errors(weight, moments.importance))
 
 
-def estimate_costs(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
+def estimate_costs(layer: torch.nn.Linear, weight: torch.Tensor,
+                   moments: SecondMoments) -> dict[str, float]:
     """Returns type -> cost without runs of the model: a layer's own error, with error feedback."""
     rows, measured = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
     error = output_errors(rows, [quantize_layer(rows, measured, moments)], moments)[0]

@@ -80,14 +80,19 @@ class Collector:
     are computed on the device and added there.
 
     layers: name -> layer. memory: bytes of moments on the model's device, at most half of what is
-    free on it.
+    free on it. most_tokens: of one input, evenly spaced; None: all. on_device: False keeps all
+    moments on the CPU. is_paused: nothing is collected.
     """
 
-    def __init__(self, layers: Mapping[str, torch.nn.Linear], memory: int = MEMORY):
+    def __init__(self, layers: Mapping[str, torch.nn.Linear], memory: int = MEMORY,
+                 most_tokens: int | None = None, on_device: bool = True):
         self.layers = layers
+        self.most_tokens = most_tokens
+        self.is_paused = False
         self.block = block_for([layer.in_features for layer in layers.values()], memory)
         self.memory = memory
-        self._remaining: float | None = None  # of the memory; None before the first inputs
+        # of the memory; None before the first inputs
+        self._remaining: float | None = None if on_device else 0.0
         self.moments: dict[str, SecondMoments] = {}
         self.same_as: dict[str, str] = {}
         self.hold_out = False
@@ -119,6 +124,8 @@ class Collector:
 
     @torch.no_grad()
     def _on_inputs(self, name: str, layer: torch.nn.Module, args: tuple):
+        if self.is_paused:
+            return
         inputs = args[0]
         if name not in self.moments:
             if inputs.shape in self._latest:
@@ -134,6 +141,9 @@ class Collector:
             name,
         )
         moments = self.moments[name]
+        if self.most_tokens is not None:
+            inputs = inputs.reshape(-1, moments.columns)
+            inputs = inputs[::-(-len(inputs) // self.most_tokens)]
         if moments.blocks.device == inputs.device:
             moments.add(inputs, hold_out=self.hold_out)
         else:

@@ -379,9 +379,9 @@ def output(tmp_path, monkeypatch):
 
 def test_the_node_writes_an_imatrix_that_saving_takes(output):
     arguments = ([packed_flux("Q8_0")], [1], [1], [1.0], [0], ["fast"], ["measured"])
-    path, text = MeasureSensitivity.execute(*arguments).result  # a workflow of before
+    path, text, _ = MeasureSensitivity.execute(*arguments).result  # a workflow of before
     assert path.endswith("measured_00001_.sensitivity") and "imatrix" not in text
-    path, text = MeasureSensitivity.execute(*arguments, imatrix=[True]).result
+    path, text, _ = MeasureSensitivity.execute(*arguments, imatrix=[True]).result
     assert path.endswith("measured_00002_.sensitivity")
     files = [f"measured_00002_.{kind}" for kind in ("imatrix.dat", "imatrix.gguf", "sensitivity")]
     assert text.splitlines()[:3] == files

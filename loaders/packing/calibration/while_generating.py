@@ -1,0 +1,103 @@
+"""Measures a model by the images that its user generates anyway: without runs of its own."""
+import logging
+from collections.abc import Callable
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ....ops.log import PREFIX
+from ....ops.quantize.second_moments import STEP
+from ...comfyui.foreign_weights import reject_foreign_weights
+from ...progress import Progress
+from .measure import estimate_costs, measurement_of
+from .moment_collector import Collector, linear_layers, moment_bytes
+from .sensitivity import FAST, Sensitivity
+
+KEY = "featherweight_measurement"  # of the wrappers
+MEASURED_CALLS = 0.25  # of the model's calls, spread over the noise levels of all images
+MOST_TOKENS = 1024  # of each layer's inputs in one of them, evenly spaced
+MAIN_SHARE = 0.5  # of the free main memory, where the moments lie
+
+
+class WhileGenerating:
+    """Collects moments in a sampler's own calls of a model.
+
+    They lie in main memory; a layer's are on its device only while it adds to them. The measurement
+    is saved after 1, 2, 4, 8 ... images, each time of all of them. An error ends it and is logged;
+    the image is generated all the same.
+
+    Args:
+        save: writes a measurement.
+    """
+
+    def __init__(self, save: Callable[[Sensitivity], None]):
+        self.save = save
+        self.images = 0
+        self._calls = self._measured = 0  # of the model
+        self._next_save = 1  # image; 0: nothing is measured any more
+        self._collector: Collector | None = None
+
+    def attach(self, patcher):
+        """Returns a clone of a ModelPatcher whose sampling is measured.
+
+        Raises:
+            WeightFileError: where only another pack can read the model's weights.
+        """
+        reject_foreign_weights(patcher.model)
+        clone = patcher.clone()
+        clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self._sample)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._call)
+        return clone
+
+    def _sample(self, sample, noise, *args, **kwargs):
+        patcher = sample.class_obj.model_patcher
+        collector = self._collector_for(linear_layers(patcher.model))
+        if collector is None:
+            return sample(noise, *args, **kwargs)
+        with collector:
+            result = sample(noise, *args, **kwargs)
+        self.images += 1 if noise.is_nested else len(noise)
+        if self.images >= self._next_save:
+            self._next_save = 1 << self.images.bit_length()
+            try:
+                about = {"samples": self.images, "steps": self._measured // self.images,
+                         "thoroughness": FAST}
+                self.save(measurement_of(patcher, collector, Progress("measuring the layers"),
+                                         estimate_costs, about))
+            except Exception as error:
+                self._stop(f"the measurement was not saved: {error}")
+        return result
+
+    def _collector_for(self, layers: dict[str, torch.nn.Linear]) -> Collector | None:
+        """Returns the collector for a model's layers, None where it may not or cannot go on."""
+        if self._next_save == 0:
+            return None
+        if self._collector is None:
+            collector = Collector(layers, most_tokens=MOST_TOKENS, on_device=False)
+            columns = [layer.in_features for layer in layers.values()]
+            needed = moment_bytes(columns, collector.block)
+            free = comfy.model_management.get_free_memory(torch.device("cpu"))
+            if needed > MAIN_SHARE * free:
+                self._stop(f"nothing is measured: it takes up to {needed / 1e9:.1f} GB of main"
+                           f" memory, of which {free / 1e9:.1f} GB are free")
+                return None
+            self._collector = collector
+        self._collector.layers = layers
+        return self._collector
+
+    def _stop(self, why: str):
+        logging.warning("%sMeasure Sensitivity: %s", PREFIX, why)
+        self._next_save, self._collector = 0, None
+
+    def _call(self, apply_model, *args, **kwargs):
+        collector = self._collector
+        if collector is not None:
+            collector.is_paused = self._calls * STEP % 1 >= MEASURED_CALLS
+            if not collector.is_paused:
+                collector.next_step(self._measured)
+                self._measured += 1
+            self._calls += 1
+        return apply_model(*args, **kwargs)

@@ -1,0 +1,143 @@
+"""A model is measured by images that are generated anyway: they stay equal, and what goes wrong
+with the measurement costs none of them."""
+import dataclasses
+
+import pytest
+import torch
+from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+
+from featherweight.loaders.files.atomic_file import WriteError
+from featherweight.loaders.packing.calibration import while_generating
+from featherweight.loaders.packing.calibration.moment_collector import linear_layers
+from featherweight.loaders.packing.calibration.sampling import (
+    SamplingRun,
+    random_conditioning,
+)
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.calibration.while_generating import (
+    MEASURED_CALLS,
+    WhileGenerating,
+)
+
+pytestmark = pytest.mark.usefixtures("small_models", "one_thread")
+NAME = "wan2.1-t2v"
+
+
+class Generation:
+    """Images of a small model and the outputs that each call of it gave."""
+
+    def __init__(self, monkeypatch):
+        shrunken_detection(FAMILIES[NAME], monkeypatch)
+        self.patcher = host_patcher(random_weights(FAMILIES[NAME]), FAMILIES[NAME])
+        latent = {"samples": torch.zeros(1, *FAMILIES[NAME].latent[1:])}
+        drawing = SamplingRun((), latent, samples=1, steps=8, seed=1)
+        self.drawing = dataclasses.replace(
+            drawing, prompts=random_conditioning(self.patcher, drawing, 1))
+
+    def generate(self, patcher) -> list[torch.Tensor]:
+        seen = []
+        self.drawing.run(patcher, lambda number, step: seen.append(step.x.clone()))
+        return seen
+
+
+@pytest.fixture
+def generation(monkeypatch) -> Generation:
+    return Generation(monkeypatch)
+
+
+def test_the_images_are_those_without_a_measurement_and_nothing_is_left_on_the_model(generation):
+    expected = generation.generate(generation.patcher)
+    saved = []
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    found = generation.generate(model)
+    assert len(found) == 8 and all(map(torch.equal, found, expected))
+    assert len(saved) == 1 and not any(layer._forward_pre_hooks or layer._forward_hooks
+                                       for layer in generation.patcher.model.modules())
+
+
+def test_it_is_saved_after_each_power_of_two_with_all_images_until_then(generation):
+    saved = []
+    model = WhileGenerating(lambda found: saved.append(
+        (found.about["samples"], found.moments(next(iter(found.shapes))).count))
+    ).attach(generation.patcher)
+    for _ in range(9):
+        generation.generate(model)
+    images, tokens = zip(*saved, strict=True)
+    assert images == (1, 2, 4, 8) and tokens == tuple(sorted(set(tokens)))
+
+
+@pytest.mark.parametrize("most_tokens", [1, 3, 1024])
+def test_the_moments_are_those_of_some_tokens_of_about_every_fourth_call(generation, most_tokens,
+                                                                         monkeypatch):
+    monkeypatch.setattr(while_generating, "MOST_TOKENS", most_tokens)
+    name, inputs = "blocks.0.ffn.0.weight", []
+    layer = linear_layers(generation.patcher.model)[name]
+    saved = []
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    with layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].double())):
+        for _ in range(4):
+            generation.generate(model)
+    moments = saved[-1].moments(name)
+    assert len(inputs) == 32
+    tokens = inputs[0].numel() // inputs[0].shape[-1]
+    of_a_call = len(range(0, tokens, -(-tokens // most_tokens)))
+    calls, rest = divmod(moments.count + moments.held_out_count, of_a_call)
+    assert of_a_call <= most_tokens and not rest and abs(calls - 32 * MEASURED_CALLS) <= 1
+    assert 0 < moments.held_out_count < moments.count
+    squares = torch.stack([given.reshape(tokens, -1)[::-(-tokens // most_tokens)].square().sum(0)
+                           for given in inputs])
+    assert bool((moments.diagonal <= squares.sum(0) * (1 + 1e-5)).all())
+
+
+@pytest.mark.fake_gpus
+def test_on_a_gpu_it_holds_no_memory_after_a_call(generation):
+    measured = WhileGenerating(lambda found: None)
+    measured._next_save = 9  # costs are computed with the kernels' tables on the GPU, which stay
+    model, taken = measured.attach(generation.patcher), []
+    for _ in range(3):
+        generation.generate(model)
+        taken.append(torch.cuda.memory_allocated())
+    assert taken[1:] == taken[:1] * 2
+    moments = measured._collector.moments.values()
+    assert moments and {value.blocks.device.type for value in moments} == {"cpu"}
+
+
+@pytest.mark.parametrize("error", [WriteError("The disk is full."), ValueError("NaN")])
+def test_an_error_while_it_is_saved_costs_no_image_and_ends_the_measurement(generation, error,
+                                                                            caplog):
+    def save(found):
+        raise error
+
+    measured = WhileGenerating(save)
+    model = measured.attach(generation.patcher)
+    for _ in range(2):
+        assert len(generation.generate(model)) == 8
+    assert caplog.text.count(f"Measure Sensitivity: the measurement was not saved: {error}") == 1
+    assert measured.images == 1
+
+
+def test_too_little_main_memory_is_said_once_and_nothing_is_measured(generation, monkeypatch,
+                                                                     caplog):
+    monkeypatch.setattr(while_generating, "MAIN_SHARE", 1e-9)
+    saved = []
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    for _ in range(2):
+        assert len(generation.generate(model)) == 8
+    assert not saved and caplog.text.count("nothing is measured: it takes up to") == 1
+
+
+def test_a_second_one_on_its_model_replaces_the_first(generation):
+    first, second = [], []
+    model = WhileGenerating(second.append).attach(
+        WhileGenerating(first.append).attach(generation.patcher))
+    generation.generate(model)
+    assert not first and len(second) == 1
+
+
+def test_its_file_is_read_as_any_other(generation, tmp_path):
+    path = tmp_path / "own.sensitivity"
+    model = WhileGenerating(lambda found: found.save(path)).attach(generation.patcher)
+    generation.generate(model)
+    found, layers = Sensitivity.load(path), linear_layers(generation.patcher.model)
+    assert found.costs.keys() == found.shapes.keys() == layers.keys()
+    assert found.match({name: tuple(layer.weight.shape) for name, layer in layers.items()}) is found
