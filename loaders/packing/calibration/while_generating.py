@@ -1,6 +1,7 @@
 """Measures a model by the images that its user generates anyway: without runs of its own."""
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -31,7 +32,7 @@ class WhileGenerating:
         save: writes a measurement.
     """
 
-    def __init__(self, save: Callable[[Sensitivity], None]):
+    def __init__(self, save: Callable[[Sensitivity], object]):
         self.save = save
         self.images = 0
         self._calls = self._measured = 0  # of the model
@@ -79,7 +80,7 @@ class WhileGenerating:
             collector = Collector(layers, most_tokens=MOST_TOKENS, on_device=False)
             columns = [layer.in_features for layer in layers.values()]
             needed = moment_bytes(columns, collector.block)
-            free = comfy.model_management.get_free_memory(torch.device("cpu"))
+            free: Any = comfy.model_management.get_free_memory(torch.device("cpu"))
             if needed > MAIN_SHARE * free:
                 self._stop(f"nothing is measured: it takes up to {needed / 1e9:.1f} GB of main"
                            f" memory, of which {free / 1e9:.1f} GB are free")
