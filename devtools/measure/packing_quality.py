@@ -1,5 +1,5 @@
 """python3 dev.py quality --packing: files made here beside files of the recipes in use, at equal
-bytes; with --host-types in ComfyUI's own types.
+bytes; with --host-types in ComfyUI's own types, with --equal-bytes beside the files people share.
 
 The demo's Flux is measured on captions that it was trained on, packed in every way, written to a
 file, loaded from it, and draws the captions that it never saw. What stands before and behind the
@@ -41,7 +41,8 @@ CALIBRATION, TOGETHER = 256, 16  # captions of the training, and how many of the
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
-    "mix, no runs": "made here, mix by the layers' own losses", "uniform": "made here, one type",
+    "mix, no runs": "made here, mix by the layers' own losses",
+    "mix, plain": "made here, mix, nothing measured", "uniform": "made here, one type",
     "in turn": "made here, one type, layer after layer",
     "mix, in turn": "made here, mix by measurement, layer after layer",
     "no prompt": "made here, one type, measured without a prompt",
@@ -54,6 +55,13 @@ NAMES = {  # way of packing -> what the table calls it
 
 MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
          "mix, one run": "normal", "mix, no runs": "fast"}
+
+# Name of a published file -> its type, and that of `attn.qkv.weight`, which alone is lifted in a
+# Flux by ComfyUI-GGUF's patch of llama.cpp.
+K_M = {"Q3_K_M": ("Q3_K", "Q4_K"), "Q4_K_M": ("Q4_K", "Q5_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
+# Of the table at equal bytes: each size, and the column of the way that has it.
+EQUAL = (("Q3_K_M", "llama.cpp"), ("Q4_K_M", "llama.cpp"), ("asym_w4a8_int8", "kitchen"),
+         ("Q5_K_M", "llama.cpp"), ("int8_convrot", "kitchen"))
 
 
 class Maker:
@@ -103,12 +111,15 @@ class Maker:
     def plan(self, way: str, size: str) -> Plan:
         """Types of all tensors, as many bytes as with the type `size` everywhere or less."""
         halves = dict.fromkeys(self.shapes, "F16")
-        uniform = plan_for_type(self.shapes, size, self.family, halves)
+        base, lifted = K_M.get(size, (size, size))
+        uniform = plan_for_type(self.shapes, base, self.family, halves)
+        uniform = Plan({name: lifted if name in self.blocks and "attn.qkv.weight" in name
+                        and kind == base else kind for name, kind in uniform.types.items()})
         if not way.startswith("mix"):
             return uniform
         nbytes = uniform.nbytes(self.shapes)
-        plan = plan_for_size(self.shapes, nbytes, self.family,
-                             self.sensitivity(MIXES[way]).costs, halves)
+        costs = None if way == "mix, plain" else self.sensitivity(MIXES[way]).costs
+        plan = plan_for_size(self.shapes, nbytes, self.family, costs, halves)
         assert 0.995 * nbytes <= plan.nbytes(self.shapes) <= nbytes
         return plan
 
@@ -134,7 +145,7 @@ class Maker:
         return host_type_packing.by_learned_rounding(weights, type_name, self.folder)
 
     def _moments(self, way: str, name: str):
-        if way == "plain":
+        if way in ("plain", "mix, plain"):
             return None
         if way in ("no prompt", "measured"):
             return self.sensitivity("fast", way == "measured").moments(name)
@@ -146,7 +157,7 @@ class Maker:
         packed = self._in_turn(plan) if way.endswith("in turn") else {}
         writer, ending, metadata = (
             (safetensors_writer, "safetensors", {})
-            if size in PACKED_TYPES
+            if size in PACKED_TYPES and not way.startswith("mix")
             else (gguf_writer, "gguf", METADATA)
         )
         path = self.folder / f"{way}-{size}.{ending}"
@@ -226,7 +237,7 @@ def measure_packing(
                 "snr": snr(latents, dense),
                 "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}
             }
-            if size in ROW_TYPES:
+            if size in ROW_TYPES and not way.startswith("mix"):
                 with host_type_packing.quantised_inputs(model, size):
                     row["snr_of_kernels"] = snr(painter.latents(model, count), dense)
             found.append(row)
@@ -248,20 +259,30 @@ def cells(row: dict) -> list[str]:
     ]
 
 
-def measured(count: int, host_types: bool = False) -> dict:
-    """The second table, or the third, of ComfyUI's own types: what stands above it, and its rows.
-    count: of held-out captions."""
-    wanted = host_rows() if host_types else rows()
-    return {"about": about(count, host_types), "rows": measure_packing(count, wanted)}
+def equal_rows() -> list[tuple[str, str]]:
+    """(way, size) of every row of the table at equal bytes."""
+    return [(way, size) for size, published in EQUAL
+            for way in (published, "mix, plain", "mix, one run")]
 
 
-def about(count: int, host_types: bool = False) -> str:
+TABLES = {"packing": rows, "host_types": host_rows, "equal_bytes": equal_rows}
+
+
+def measured(count: int, table: str) -> dict:
+    """A table of TABLES: what stands above it, and its rows. count: of held-out captions."""
+    return {"about": about(count, table), "rows": measure_packing(count, TABLES[table]())}
+
+
+def about(count: int, table: str) -> str:
     on_what = (
         f"{count} captions that training never saw, {STEPS} steps, latents against the dense"
         f" model's. Measured on {CALIBRATION} captions of the training. It is a small model of 26"
         " block matrices, whose text stream knows 22 words and whose modulation sees only time:"
         " what large models gain is not known.")
-    if host_types:
+    if table == "equal_bytes":
+        return ("`python3 dev.py quality --packing --equal-bytes`: GGUF mixes made here with the"
+                f" bytes of files that people share, {on_what}")
+    if table == "host_types":
         return (
             f"`python3 dev.py quality --packing --host-types`: ComfyUI's own types, {on_what} The"
             " last column has the inputs of layers quantised as ComfyUI's kernels do.")
@@ -274,6 +295,19 @@ def markdown(found: dict) -> str:
     last = "the same, inputs quantised" if is_of_host else "types of the mix"
     titles = ["type" if is_of_host else "bytes of", "", "block matrices", "latent SNR", last]
     return f"{found['about']}\n\n{markdown_table(titles, map(cells, found['rows']))}"
+
+
+def equal_summary(table: dict) -> str:
+    """The fourth table in short, as docs/packing.md has it: a row for each size, dB."""
+    found: dict[str, list[dict]] = {}
+    for row in table["rows"]:
+        found.setdefault(row["size"], []).append(row)
+    lines = [[size,
+              " / ".join(f"{published[key]:.1f}" for key in ("snr", "snr_of_kernels")
+                         if key in published), f"{plain['snr']:.1f}", f"{measured['snr']:.1f}"]
+             for size, (published, plain, measured) in found.items()]
+    return markdown_table(["file", "as published", "here, nothing measured", "here, measured"],
+                          lines)
 
 
 def host_summary(table: dict) -> str:

@@ -128,10 +128,10 @@ def draw(results: dict[str, dict]) -> Image.Image:
 
 
 def write(folder: Path, found: dict):
-    """quality.json and quality.md. found: `about` and `formats`, and under `packing` and
-    `host_types` the same of the second and the third table."""
+    """quality.json and quality.md. found: `about` and `formats`, and the same of each of
+    `packing_quality.TABLES` under its name."""
     text = markdown(found["formats"], found["about"])
-    for name in ("packing", "host_types"):
+    for name in packing_quality.TABLES:
         if name in found:
             text += f"\n{packing_quality.markdown(found[name])}"
     (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -151,6 +151,8 @@ def main():
         help="only the second table: files made here beside the recipes in use, at equal bytes")
     parser.add_argument("--host-types", action="store_true",
                         help="with --packing, only the third table: in ComfyUI's own types")
+    parser.add_argument("--equal-bytes", action="store_true",
+                        help="with --packing, only the fourth table: beside what people share")
     parser.add_argument("--out", type=Path, default=ROOT / "demo_model",
                         help="folder for the results")
     options = parser.parse_args()
@@ -158,8 +160,9 @@ def main():
     found = json.loads(recorded.read_text()) if recorded.is_file() else {"about": "", "formats": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     if options.packing:
-        name = "host_types" if options.host_types else "packing"
-        found[name] = packing_quality.measured(options.prompts, options.host_types)
+        name = ("host_types" if options.host_types else
+                "equal_bytes" if options.equal_bytes else "packing")
+        found[name] = packing_quality.measured(options.prompts, name)
         write(options.out, found)
         return
     formats = ["F16", *(name for name in options.formats if name != "F16")]

@@ -13,8 +13,8 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from devtools import ROOT
 from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
-RECORDED = json.loads(
-    (ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("host_types")
+TABLES = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))
+RECORDED, EQUAL_BYTES = TABLES["host_types"], TABLES["equal_bytes"]
 # type -> dB that a measurement gains over comfy_kitchen, and with inputs as ComfyUI's kernels have
 # them
 GAINS = {"int8_convrot": (7, 2.3), "float8_e4m3fn": (5.5, 2.5), "mxfp8": (4, 1.8),
@@ -75,17 +75,26 @@ def test_inputs_are_rounded_as_comfyuis_kernels_round_them(kind, tmp_path):
     assert torch.equal(layer(inputs), exact)
 
 
-@pytest.mark.skipif(RECORDED is None, reason="no third table is recorded")
 def test_the_recorded_table_has_the_gains_of_a_measurement():
     rows = {(row["way"], row["size"]): row for row in RECORDED["rows"]}
     for kind, gains in GAINS.items():
         check_gains(rows["kitchen", kind], rows["measured", kind], gains)
 
 
-@pytest.mark.skipif(RECORDED is None, reason="no third table is recorded")
 def test_the_docs_have_the_recorded_table():
     page = (ROOT / "docs" / "packing.md").read_text(encoding="utf-8")
     assert packing_quality.host_summary(RECORDED) in page
+    assert packing_quality.equal_summary(EQUAL_BYTES) in page
+
+
+def test_a_measured_mix_is_better_than_what_people_share_at_its_bytes():
+    assert [(row["way"], row["size"]) for row in EQUAL_BYTES["rows"]] == (
+        packing_quality.equal_rows())
+    rows = iter(EQUAL_BYTES["rows"])
+    for published, plain, measured in zip(rows, rows, rows, strict=True):
+        assert max(plain["bytes"], measured["bytes"]) <= published["bytes"]
+        assert measured["snr"] > max(plain["snr"], published["snr"]) + 6
+        assert abs(plain["snr"] - published["snr"]) < 1
 
 
 @pytest.mark.heavy
