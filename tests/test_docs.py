@@ -70,8 +70,10 @@ COMPATIBILITY = PAGES["compatibility"]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'Repository = "(.*)"', PROJECT)[1]
 SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())}
-RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"),
-                                flags=re.S) for name in ("CONTRIBUTING.md", "docs/architecture.md"))
+CONTRIBUTING = [ROOT / "CONTRIBUTING.md", *(ROOT / ".github" / f"{name}.md"
+                                            for name in ("adding", "publishing", "testing"))]
+RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", text, flags=re.S) for text in (
+    "\n".join(path.read_text(encoding="utf-8") for path in CONTRIBUTING), PAGES["architecture"]))
 MOST_WORDS = {
     "README": 150, "getting-started": 600, "choosing": 1520, "migrate": 1000, "packing": 950,
     "lora": 750, "compatibility": 2000, "performance": 1600, "machines": 900, "trust": 600,
@@ -231,9 +233,9 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
 
 LINKED = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
+    for name in ("README.md", "CHANGELOG.md", "SECURITY.md",
                  "example_workflows/README.md", "subgraphs/README.md", "demo_model/README.md")
-] + sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "tests").rglob("*.md"))
+] + CONTRIBUTING + sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "tests").rglob("*.md"))
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -25,6 +25,18 @@ WITHOUT_HOST = (
     "ops/packing/",
     "ops/quantize/",
 )
+# Of sources, by folder: what there was on 29 November 2026 and 3 % more. Who raises one says why in
+# the commit.
+MOST_LINES = {
+    "cluster": 3590, "devtools": 13350, "loaders": 1160, "loaders/comfyui": 2850,
+    "loaders/container": 520, "loaders/encoders": 1970, "loaders/files": 2240,
+    "loaders/inspect": 970, "loaders/lora": 2340, "loaders/models": 3290,
+    "loaders/packing": 4850, "loaders/paths": 690, "loaders/quantizers": 4390,
+    "loaders/speed": 670, "nodes": 4900, "ops": 570, "ops/formats": 3250, "ops/kernels": 8160,
+    "ops/layers": 2850, "ops/packing": 790, "ops/patcher": 1740, "ops/patches": 790,
+    "ops/quantize": 1620, "ops/tensor": 1210, "tests": 73630
+}
+CODE = (".py", ".js", ".c", ".cpp", ".h", ".cu", ".metal")
 SOURCES = [
     *sorted(PACK.glob("*_*.py")),
     *(path for layer in LAYERS for path in sorted((PACK / layer).rglob("*.py")))
@@ -242,3 +254,15 @@ def test_requirements_are_those_of_the_project_file():
     assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project[
         "dependencies"
     ]
+
+
+def test_no_folder_has_more_lines_than_it_may():
+    lines = dict.fromkeys(MOST_LINES, 0)
+    for root in {name.partition("/")[0] for name in MOST_LINES}:
+        for path in (PACK / root).rglob("*"):
+            if path.suffix in CODE:
+                parts = path.relative_to(PACK).parent.parts
+                name = "/".join(parts[:2])
+                lines[name if name in lines else root] += path.read_bytes().count(b"\n")
+    assert {name: count for name, count in lines.items() if count > MOST_LINES[name]} == {}
+    assert all(lines.values())
