@@ -1,10 +1,11 @@
-"""Finds weights that the loader of another pack has packed, which only that pack can read."""
+"""Finds what other nodes made of a model: weights that only their pack reads, compiled code."""
 import torch
 
 from ...ops.tensor.packed_layout import QuantizedTensor
 from ..container.weight_file import WeightFileError
 
 OWN = (torch.Tensor, torch.nn.Parameter)
+COMPILED = "torch_compile_kwargs"  # in the options of a model that ComfyUI's node compiles
 
 
 def foreign_class(model: torch.nn.Module) -> str | None:

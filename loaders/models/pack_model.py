@@ -29,7 +29,7 @@ from ...ops.tensor.packed_layout import (
 )
 from ...ops.tensor.packed_tensor import relabel
 from ..comfyui.diffusers_keys import JoinedRows
-from ..comfyui.foreign_weights import reject_foreign_weights
+from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ..comfyui.model_summary import PACK_STATS_KEY
 from ..comfyui.packed_patcher import choose_kitchen_products, keep_packed
 from ..container.weight_file import WeightFileError, first_line
@@ -42,7 +42,6 @@ from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
 from .pack_on_load import PackStats, pack_weights, size_of_target
 
 ADVICE = "Put Pack Model (Featherweight) before the node that adds it."
-COMPILED = "torch_compile_kwargs"  # in the options of a model that ComfyUI's node compiles
 COPY = "featherweight_copy"  # attribute of the host's model: its `_Copy`
 # What the host and this pack keep on a model, and on its layers, while it is on a device.
 STATE = ("dynamic_patchers", "dynamic_pins", "dynamic_vbars", "packed_patches", "packed_residency",

@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....ops.log import PREFIX
 from ....ops.quantize.second_moments import STEP
-from ...comfyui.foreign_weights import reject_foreign_weights
+from ...comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ...progress import Progress
 from .measure import estimate_costs, measurement_of
 from .moment_collector import Collector, linear_layers, moment_bytes
@@ -55,7 +55,7 @@ class WhileGenerating:
 
     def _sample(self, sample, noise, *args, **kwargs):
         patcher = sample.class_obj.model_patcher
-        collector = self._collector_for(linear_layers(patcher.model))
+        collector = self._collector_for(linear_layers(patcher.model), patcher.model_options)
         if collector is None:
             return sample(noise, *args, **kwargs)
         with collector:
@@ -72,9 +72,13 @@ class WhileGenerating:
                 self._stop(f"the measurement was not saved: {error}")
         return result
 
-    def _collector_for(self, layers: dict[str, torch.nn.Linear]) -> Collector | None:
-        """Returns the collector for a model's layers, None where it may not or cannot go on."""
+    def _collector_for(self, layers: dict[str, torch.nn.Linear],
+                       options: dict[str, Any]) -> Collector | None:
+        """Returns the collector for a model's layers, by its options; None where none can be."""
         if self._next_save == 0:
+            return None
+        if options.get(COMPILED):
+            self._stop("nothing is measured: torch.compile hides the layers' inputs")
             return None
         if self._collector is None:
             collector = Collector(layers, most_tokens=MOST_TOKENS, on_device=False)

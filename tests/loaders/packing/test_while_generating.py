@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
 
 from featherweight.loaders.files.atomic_file import WriteError
@@ -124,6 +125,14 @@ def test_too_little_main_memory_is_said_once_and_nothing_is_measured(generation,
     for _ in range(2):
         assert len(generation.generate(model)) == 8
     assert not saved and caplog.text.count("nothing is measured: it takes up to") == 1
+
+
+def test_a_compiled_model_is_not_measured_and_it_is_said(generation, caplog):
+    saved = []
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    set_torch_compile_wrapper(model, backend="eager")
+    assert len(generation.generate(model)) == 8
+    assert not saved and "nothing is measured: torch.compile" in caplog.text
 
 
 def test_a_second_one_on_its_model_replaces_the_first(generation):

@@ -1,4 +1,4 @@
-"""A quantiser and a layout that are added as .github/adding.md says are known to everything else."""
+"""A quantiser and a layout added as .github/adding.md says are known to everything else."""
 import os
 import re
 import shutil
