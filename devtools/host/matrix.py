@@ -212,8 +212,11 @@ def main(arguments: list[str]) -> int:
                         help=f"a git repository that has ComfyUI {', '.join(COMMITS)}; default:"
                              f" {REPOSITORY}")
     parser.add_argument("--torch", metavar="VERSION",
-                        help="with this torch beside the environment's, some gigabytes")
+                        help="with this torch beside the environment's, some gigabytes;"
+                             f" {NEWEST}: the index's newest")
     options, tests = parser.parse_known_args(arguments)
+    if options.torch == NEWEST:
+        options.torch = newest(["torch"])[0].partition("==")[2]
     versions = [*(options.host or ([] if options.newest else VERSIONS)),
                 *([NEWEST] if options.newest else [])]
     lines, passed = [], True

@@ -2,6 +2,7 @@
 Python of the user's own needs no more than a command uses. What is run ends with dev.py."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +113,14 @@ def test_what_a_command_runs_gets_its_signals(name, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_clone_in_a_folder_of_the_repositorys_name_passes_the_linter(tmp_path):
+    pytest.importorskip("ruff")
+    clone = tmp_path / "ComfyUI-Featherweight"
+    clone.mkdir()
+    for name in ("pyproject.toml", "__init__.py"):
+        shutil.copyfile(ROOT / name, clone / name)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", str(clone)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
