@@ -59,7 +59,7 @@ MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer
 # Name of a published file -> its type, and that of `attn.qkv.weight`, which alone is lifted in a
 # Flux by ComfyUI-GGUF's patch of llama.cpp.
 K_M = {"Q3_K_M": ("Q3_K", "Q4_K"), "Q4_K_M": ("Q4_K", "Q5_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
-# Of the table at equal bytes: each size, and the column of the way that has it.
+# Of the table at equal bytes: the files that people share, and the way that makes each.
 EQUAL = (("Q3_K_M", "llama.cpp"), ("Q4_K_M", "llama.cpp"), ("asym_w4a8_int8", "kitchen"),
          ("Q5_K_M", "llama.cpp"), ("int8_convrot", "kitchen"))
 

@@ -5,7 +5,7 @@ times the difference between its packed and its own weight added to the layer's 
 weights are not replaced.
 """
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -72,36 +72,31 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     for _ in ticks:  # a sampler may take fewer steps
         pass
     load(patcher)
-    cost = estimate_costs
-    if count:
-        runs = Costs(patcher.model, steps)
-
-        def cost(layer, weight, moments):
-            return runs.measure_layer(layer, weight, moments, every_type)
-
+    runs = Costs(patcher.model, steps, every_type) if count else None
     about = {"samples": sampling.samples, "steps": sampling.steps, "seed": sampling.seed,
              "cfg": sampling.cfg, "thoroughness": thoroughness}
-    return measurement_of(patcher, collector, progress, cost, about)
+    return measurement_of(patcher, collector, progress, about, runs)
 
 
-def measurement_of(patcher, collector: Collector, progress: Progress,
-                   cost: Callable[[torch.nn.Linear, torch.Tensor, SecondMoments], dict[str, float]],
-                   about: dict) -> Sensitivity:
+def measurement_of(patcher, collector: Collector, progress: Progress, about: dict,
+                   runs: "Costs | None" = None) -> Sensitivity:
     """Returns the measurement of a model from the moments of its layers' inputs.
 
     Args:
         patcher: the host's ModelPatcher.
         collector: of the moments.
         progress: the layers are its next stage.
-        cost: returns type -> cost of a layer, by the layer, its weight, and its inputs' moments.
         about: what was run, in words and numbers.
+        runs: of the model, for the costs of layers; None: their own errors are the costs.
     """
     layers, costs = collector.layers, {}
     for name, layer in progress.track(list(layers.items())):
         moments = collector.moments_of(name)
         if moments is not None and types_for(tuple(layer.weight.shape)):
             stop_where_cancelled()
-            costs[name] = cost(layer, dense_weight(layer, patcher.load_device), moments)
+            weight = dense_weight(layer, patcher.load_device)
+            costs[name] = (runs.measure_layer(layer, weight, moments) if runs
+                           else estimate_costs(weight, moments))
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
     about = {"model": type(patcher.model).__name__, "columns_of_a_block": collector.block} | about
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
@@ -184,12 +179,14 @@ def add_delta(layer: torch.nn.Linear, change: torch.Tensor) -> RemovableHandle:
 class Costs:
     """Measures what the errors of layers do to the model's output.
 
-    model: the host's BaseModel, loaded. steps: run again for each layer.
+    model: the host's BaseModel, loaded. steps: run again for each layer. every_type: True runs them
+    for every GGUF type; False for one, whose result the errors of the weight scale to the others.
     """
 
-    def __init__(self, model, steps: Sequence[SamplingStep]):
+    def __init__(self, model, steps: Sequence[SamplingStep], every_type: bool = False):
         self.model = model
         self.steps = steps
+        self.every_type = every_type
         self.dense = self._outputs()
         self.power = [float(output.square().sum()) for output in self.dense]
 
@@ -216,27 +213,24 @@ class Costs:
             for output, dense, power in zip(outputs, self.dense, self.power, strict=True)
         ) / len(self.steps)
 
-    def measure_layer(self, layer: torch.nn.Linear, weight: torch.Tensor, moments: SecondMoments,
-                      every_type: bool) -> dict[str, float]:
+    def measure_layer(self, layer: torch.nn.Linear, weight: torch.Tensor,
+                      moments: SecondMoments) -> dict[str, float]:
         """Returns type -> cost of a layer.
 
         Args:
             layer: of the model.
             weight: the layer's, float32 (N, K).
             moments: of the layer's inputs.
-            every_type: True runs the model for every GGUF type; False for one, whose result the
-                errors of the weight scale to the others.
         """
         types = types_for(tuple(weight.shape))
         measured = {
             type_name: self.output_error(layer, weight, quantize_layer(weight, type_name, moments))
-            for type_name in (types if every_type else [run_type(types)])
+            for type_name in (types if self.every_type else [run_type(types)])
         }
         return scale_costs(measured, weight_errors(weight, moments.importance))
 
 
-def estimate_costs(layer: torch.nn.Linear, weight: torch.Tensor,
-                   moments: SecondMoments) -> dict[str, float]:
+def estimate_costs(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
     """Returns type -> cost without runs of the model: a layer's own error, with error feedback."""
     rows, measured = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
     error = output_errors(rows, [quantize_layer(rows, measured, moments)], moments)[0]

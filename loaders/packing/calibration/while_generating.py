@@ -11,7 +11,7 @@ from ....ops.log import PREFIX
 from ....ops.quantize.second_moments import STEP
 from ...comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ...progress import Progress
-from .measure import estimate_costs, measurement_of
+from .measure import measurement_of
 from .moment_collector import Collector, linear_layers, moment_bytes
 from .sensitivity import FAST, Sensitivity
 
@@ -55,7 +55,7 @@ class WhileGenerating:
 
     def _sample(self, sample, noise, *args, **kwargs):
         patcher = sample.class_obj.model_patcher
-        collector = self._collector_for(linear_layers(patcher.model), patcher.model_options)
+        collector = self._collector_for(patcher)
         if collector is None:
             return sample(noise, *args, **kwargs)
         with collector:
@@ -66,20 +66,20 @@ class WhileGenerating:
             try:
                 about = {"samples": self.images, "steps": self._measured // self.images,
                          "thoroughness": FAST}
-                self.save(measurement_of(patcher, collector, Progress("measuring the layers"),
-                                         estimate_costs, about))
+                progress = Progress("measuring the layers")
+                self.save(measurement_of(patcher, collector, progress, about))
             except Exception as error:
                 self._stop(f"the measurement was not saved: {error}")
         return result
 
-    def _collector_for(self, layers: dict[str, torch.nn.Linear],
-                       options: dict[str, Any]) -> Collector | None:
-        """Returns the collector for a model's layers, by its options; None where none can be."""
+    def _collector_for(self, patcher) -> Collector | None:
+        """Returns the collector for a model's layers, None where nothing is measured."""
         if self._next_save == 0:
             return None
-        if options.get(COMPILED):
+        if patcher.model_options.get(COMPILED):
             self._stop("nothing is measured: torch.compile hides the layers' inputs")
             return None
+        layers = linear_layers(patcher.model)
         if self._collector is None:
             collector = Collector(layers, most_tokens=MOST_TOKENS, on_device=False)
             columns = [layer.in_features for layer in layers.values()]

@@ -106,7 +106,7 @@ def test_on_a_gpu_it_holds_no_memory_after_a_call(generation):
 @pytest.mark.parametrize("error", [WriteError("The disk is full."), ValueError("NaN")])
 def test_an_error_while_it_is_saved_costs_no_image_and_ends_the_measurement(generation, error,
                                                                             caplog):
-    def save(found):
+    def save(measurement):
         raise error
 
     measured = WhileGenerating(save)
