@@ -250,12 +250,12 @@ class Untouched:
 
 
 class Listener:
-    """Waits on 127.0.0.1 for connections, which nobody is to make. `port`; `count` of connections
-    that came."""
+    """Waits on 127.0.0.1 for connections, which nobody is to make."""
 
     def __enter__(self):
-        self.socket, self.count = socket.create_server(("127.0.0.1", 0)), 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
+        self._accepted = self._own = 0
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -263,10 +263,18 @@ class Listener:
         try:
             while True:
                 connection, _ = self.socket.accept()
-                self.count += 1
+                self._accepted += 1
                 connection.close()
         except OSError:
             pass
+
+    @property
+    def count(self) -> int:
+        """The connections that others have made until now, also those not accepted yet."""
+        with socket.create_connection(("127.0.0.1", self.port)) as own:
+            own.recv(1)  # ends when this one is accepted, after all before it
+        self._own += 1
+        return self._accepted - self._own
 
     def __exit__(self, *_):
         self.socket.close()
