@@ -101,7 +101,7 @@ def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.devic
 
 
 def loaded_targets(file: PackedFrom, stored: Mapping[str, torch.Tensor], shapes: Shapes,
-                   device: torch.device, config: BASE) -> Targets:
+                   device: torch.device, config: BASE, fixed: Container[str]) -> Targets:
     """Returns what a diffusion model in memory is packed to, so that it fits a device.
 
     Args:
@@ -110,12 +110,13 @@ def loaded_targets(file: PackedFrom, stored: Mapping[str, torch.Tensor], shapes:
         shapes: of the weights, with patches.
         device: where it runs.
         config: the host's configuration of the model.
+        fixed: names of weights that stay as they are.
 
     Raises:
         WeightFileError: as for `model_targets`.
     """
     measured, _ = measurement_of(file, shapes)
-    weights = Weights.of(shapes, stored, measured.costs if measured else None)
+    weights = Weights.of(shapes, stored, measured.costs if measured else None, fixed)
     formats = packed_formats(AUTOMATIC, device)
     return _model_targets(FIT, [file.name], [weights], device, config, FAST_FORMAT not in formats)
 

@@ -89,13 +89,31 @@ class _PatchedRows(JoinedRows):
 
 
 class _Model:
-    """A model as `pack_weights` sees the file of one, and the source of its weights."""
+    """A model as `pack_weights` sees the file of one, and its weights.
+
+    Attributes:
+        weights: name -> weight.
+        held: of those that the model still holds, the layer and the name there.
+        takers: names of those whose layer can hold a packed one.
+        fixed: names of the matrices whose layer cannot.
+        kept: those of them that the model holds, as large as they stay.
+    """
 
     def __init__(self, patcher):
         self.name = source_name(patcher)
         self.path = next(iter(model_paths(patcher)), "")
-        self.source = source_of_model(patcher)
-        self.drop_pages = self.source.drop_pages
+        source = source_of_model(patcher)
+        self.drop_pages, self.shapes = source.drop_pages, source.shapes
+        self.weights = {name: weight for name, weight in source.weights.items() if weight.is_number}
+        self.held = {name: _layer_and_name(patcher.model, weight.key)
+                     for name, weight in self.weights.items()
+                     if hasattr(patcher.model, weight.key.partition(".")[0])}
+        self.takers = {name for name, (layer, parameter_name) in self.held.items()
+                       if parameter_name == "weight" and takes_packed(layer)}
+        self.fixed = {name for name, weight in self.weights.items()
+                      if name not in self.takers and len(weight.shape) > 1}
+        self.kept = {name: getattr(*self.held[name]).detach()
+                     for name in self.fixed & self.held.keys()}
 
     def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
         return WeightFileError(f"{self.name}: {problem}. {advice}")
@@ -125,7 +143,9 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     targets, file = Targets((pack_to,)), None
     if pack_to == FIT:
         file = _Model(patcher)
-        targets = _fitting_targets(patcher, file)
+        stored = {name: weight.tensor for name, weight in file.weights.items()} | file.kept
+        targets = loaded_targets(file, stored, file.shapes, patcher.load_device,
+                                 model.model_config, file.fixed)
     target = targets.files[0]
     if target is None:
         vars(model).pop(COPY, None)
@@ -211,33 +231,19 @@ def _uses_modules(value: Any, own: Container[int]) -> bool:
                for each in inside)
 
 
-def _fitting_targets(patcher, file: _Model) -> Targets:
-    source = file.source
-    stored = {name: weight.tensor for name, weight in source.weights.items() if weight.is_number}
-    return loaded_targets(file, stored, source.shapes, patcher.load_device,
-                          patcher.model.model_config)
-
-
 def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
                  ) -> tuple[Any, PackStats]:
     """Returns a patcher of the packed copy, without patches, and what was packed.
 
     rounded: key of a weight -> how many of its patches are rounded in.
     """
-    model = patcher.model
+    model, held, takers = patcher.model, file.held, file.takers
     weights = {name: replace(weight, patches=_first_patches(weight, patcher, rounded))
-               for name, weight in file.source.weights.items() if weight.is_number}
-    held = {name: _layer_and_name(model, weight.key) for name, weight in weights.items()
-            if hasattr(model, weight.key.partition(".")[0])}
+               for name, weight in file.weights.items()}
     packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
-    takers = {name for name, (layer, parameter_name) in held.items()
-              if parameter_name == "weight" and takes_packed(layer)}
-    fixed = {name for name, weight in weights.items()
-             if name not in takers and len(weight.shape) > 1}
-    packed |= {name: getattr(*held[name]).detach() for name in fixed & held.keys()
-               if not weights[name].patches}  # as large as they stay
+    packed |= {name: value for name, value in file.kept.items() if not weights[name].patches}
     stats = pack_weights(file, packed, pack_to, Progress("packing"),
-                         device=patcher.load_device, fixed=fixed)
+                         device=patcher.load_device, fixed=file.fixed)
     replaced = {}
     for key, (layer, parameter_name) in held.items():
         if key not in takers and not weights[key].patches:

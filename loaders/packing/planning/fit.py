@@ -26,8 +26,8 @@ weights. float8 and nvfp4 are not chosen: at their sizes Q6_K and Q4_K are more 
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from ....ops.layers.workspace import DEVICE_WORKSPACE_BYTES
 from ....ops.tensor.packed_layout import is_packed
 from ...devices import CPU, total_memory
 from ...families import model_of, rules_for
-from ...packing_rules import PLAIN_BYTES, Shapes
+from ...packing_rules import PLAIN_BYTES, PackingRules, Shapes
 from ..layer_losses import WEIGHTS, loss_text
 from .plan import bytes_as_good_as, least_bytes, plan_for_type, relative_error
 
@@ -150,26 +150,53 @@ class Weights:
         nbytes: in memory, as they are in the file.
         packed: of those that are packed in the file, as for `plan_for_size`.
         costs: of the measurement of the model, as for `plan_for_size`.
+        fixed: in memory, of those that stay as they are whatever the others are packed to.
     """
 
     shapes: Shapes
     nbytes: int
     packed: Mapping[str, int]
     costs: Mapping[str, Mapping[str, float]] | None = None
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def least(self) -> int:
         """Bytes in the smallest types."""
-        return min(self.nbytes, least_bytes(self.shapes, rules_for(self.shapes), self.packed))
+        return min(self.nbytes, self._with_fixed(least_bytes(*self._free, self.packed)))
+
+    @property
+    def fast(self) -> int:
+        """Bytes with FAST_TYPE."""
+        shapes, rules = self._free
+        return self._with_fixed(plan_for_type(shapes, FAST_TYPE, rules).nbytes(shapes))
+
+    def as_good_as(self, type_name: str) -> int:
+        """Returns the bytes of a mix that is expected to be as good as a type."""
+        return self._with_fixed(bytes_as_good_as(type_name, *self._free, self.costs, self.packed))
+
+    @functools.cached_property
+    def _free(self) -> tuple[Shapes, PackingRules]:
+        """The shapes of those that can be packed, and the rules of the model."""
+        return {name: shape for name, shape in self.shapes.items()
+                if name not in self.fixed}, rules_for(self.shapes)
+
+    def _with_fixed(self, nbytes: int) -> int:
+        return nbytes + sum(self.fixed.values())
 
     @classmethod
     def of(cls, shapes: Shapes, stored: Mapping[str, torch.Tensor],
-           costs: Mapping[str, Mapping[str, float]] | None = None) -> "Weights":
-        """Returns those of stored tensors, in the host's names; of float32 it keeps 16 bits."""
-        packed = {name: tensor.nbytes for name, tensor in stored.items() if is_packed(tensor)}
-        return cls(shapes, sum(
-            packed.get(name, min(tensor.nbytes, HALF_BYTES * tensor.numel()))
-            for name, tensor in stored.items()), packed, costs)
+           costs: Mapping[str, Mapping[str, float]] | None = None,
+           fixed: Container[str] = ()) -> "Weights":
+        """Returns those of stored tensors, in the host's names; of float32 it keeps 16 bits.
+
+        fixed: names of those that stay as they are.
+        """
+        halved = {name: min(tensor.nbytes, HALF_BYTES * tensor.numel())
+                  for name, tensor in stored.items()}
+        stays = {name: tensor.nbytes for name, tensor in stored.items() if name in fixed}
+        packed = {name: tensor.nbytes for name, tensor in stored.items()
+                  if name not in fixed and is_packed(tensor)}
+        return cls(shapes, sum((halved | stays | packed).values()), packed, costs, stays)
 
 
 class Sizes:
@@ -187,10 +214,8 @@ class Sizes:
     @functools.cached_property
     def as_good_as(self) -> dict[str, int]:
         """Type of GRADES, or FAST_TYPE -> size of a mix that is expected to be as good."""
-        return {type_name: self._size([
-            bytes_as_good_as(type_name, file.shapes, rules_for(file.shapes), file.costs,
-                             file.packed) for file in self.files])
-            for type_name in (*GRADES, FAST_TYPE)}
+        return {type_name: self._size([file.as_good_as(type_name) for file in self.files])
+                for type_name in (*GRADES, FAST_TYPE)}
 
     @functools.cached_property
     def least(self) -> int:
@@ -200,8 +225,7 @@ class Sizes:
     @functools.cached_property
     def fast(self) -> int:
         """Bytes with FAST_TYPE."""
-        return sum(plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes))
-                   .nbytes(file.shapes) for file in self.files)
+        return sum(file.fast for file in self.files)
 
     @functools.cached_property
     def workspace(self) -> int:

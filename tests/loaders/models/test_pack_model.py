@@ -33,12 +33,14 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, fit_text
 from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.pack_on_load import size_target
 from featherweight.loaders.models.placement import place
+from featherweight.loaders.packing.planning import fit
+from featherweight.loaders.packing.planning.fit import Memory
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLayer
@@ -397,18 +399,44 @@ def test_a_copy_with_replaced_parts_is_cloned_for_another_lora(path):
     assert again.model is packed.model and relative(run(again), output) > 0.01
 
 
-def test_a_size_counts_what_is_in_layers_of_others(path):
-    patcher = comfy.sd.load_diffusion_model(path)
+def in_layers_of_others(path: str):
+    """A MODEL with linear layers that are not ComfyUI's, and the bytes of their weights."""
+    patcher = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16})
+    nbytes = 0
     for name, layer in patcher.model.diffusion_model.named_modules():
         if isinstance(layer, torch.nn.Linear) and ".txt_" in name:
             layer.__class__ = torch.nn.Linear
-    others = sum(4 * value.numel() for name, value in tiny_flux().items() if ".txt_" in name)
+            nbytes += layer.weight.nbytes
+    return patcher, nbytes
+
+
+def held_bytes(patcher) -> int:
+    return sum(weight.nbytes for weight in weights_of(patcher).values())
+
+
+def test_a_size_counts_what_is_in_layers_of_others(path):
+    patcher, others = in_layers_of_others(path)
     asked = others + 2_000_000
-    packed = pack_model(patcher, size_target(asked))
-    held = sum(weight.nbytes for weight in weights_of(packed).values())
-    assert 0.8 * asked < held < 1.02 * asked
+    assert 0.8 * asked < held_bytes(pack_model(patcher, size_target(asked))) < 1.02 * asked
     with pytest.raises(WeightFileError, match="too small for this model"):
         pack_model(patcher, size_target(others))
+
+
+@pytest.mark.parametrize("is_multiplied", [True, False])
+def test_what_fits_a_device_counts_it_too(is_multiplied, path, monkeypatch):
+    monkeypatch.setattr(fit, "STEP", 1000)
+    monkeypatch.setattr(fit_device, "packed_formats",
+                        lambda *_: () if is_multiplied else (fit.FAST_FORMAT,))
+    monkeypatch.setattr(Memory, "of", classmethod(lambda cls, device: Memory(12)))
+    patcher, others = in_layers_of_others(path)
+    whole, types = held_bytes(patcher), set()
+    for room in torch.linspace(others, whole, 9).long().tolist():
+        monkeypatch.setattr(Memory, "for_model", lambda *_, room=room, **__: room)
+        packed = pack_model(patcher, FIT)
+        targets = packed.get_attachment(fit_device.FIT_KEY)
+        types.add(targets.files[0])
+        assert held_bytes(packed) <= 1.02 * room or "copied in each step" in targets.copying
+    assert (fit.FAST_TYPE in types) == is_multiplied
 
 
 @pytest.mark.parametrize(("compute", "expected"), [
