@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ...ops.patches.adapters import OTHER_SIZE
 from .family_match import FamilyMatch
 from .header_alpha import HeaderAlpha
 from .model_blocks import weight_key
@@ -112,9 +113,14 @@ class LoraReport:
             unread = (
                 f", and tensors of an unknown kind ({len(self.unread)}) are left out"
                 if self.unread else "")
+            sizes = (" The rest are for a variant of it whose layers have another size, such as one"
+                     " for inpainting, or one that is not pruned."
+                     if shared and self.mismatches and all(
+                         reason.startswith(OTHER_SIZE) for reason in self.mismatches.values())
+                     else "")
             return (
                 f"This LoRA{families} fits in part: {matched} {self.layers} layers match the"
-                f" model{unread}.")
+                f" model{unread}.{sizes}")
         layer, reason = next(iter(self.mismatches.items()))
         model = (f"text encoder ({self.text_encoder})" if self.text_encoder
                  else f"model ({self.model_family or 'unknown'})")

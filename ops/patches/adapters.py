@@ -20,6 +20,8 @@ from comfy.weight_adapter import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+OTHER_SIZE = "it is made for a weight of"  # starts what `shape_mismatch` says of sizes
+
 
 class LoRA(NamedTuple):
     """up @ down; with `mid`, a convolution's Tucker product."""
@@ -260,7 +262,7 @@ def shape_mismatch(value, shape: Sequence[int],
     if len(made_for) != len(target) or any(
         size not in (None, expected) for size, expected in zip(made_for, target)
     ):
-        return f"it is made for a weight of {_describe(made_for)}, not of {_describe(target)}"
+        return f"{OTHER_SIZE} {_describe(made_for)}, not of {_describe(target)}"
     return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, full_width_shapes
-from lora_models import MODELS, empty_clip, empty_model, pairs, weight_shapes
+from lora_models import MODELS, empty_clip, empty_model, empty_model_of, pairs, weight_shapes
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_all
@@ -464,3 +464,26 @@ def test_kinds_are_named_and_their_change_is_what_the_host_does(kind, small_flux
     assert norm == pytest.approx(
         expected.norm().item(), rel=0.15 if kind in ("LoHa", "OFT") else 1e-4
     )
+
+
+MINIMAX = {name: FAMILIES[name].config for name in ("minimax-h3", "minimax-h3-pruned")}
+
+
+@pytest.mark.parametrize(("made_for", "model", "others"), [
+    (lambda: empty_model_of("MiniMaxH3", MINIMAX["minimax-h3"]),
+     lambda: empty_model_of("MiniMaxH3", MINIMAX["minimax-h3-pruned"] | {"time_embed_dim": 8}), "adaln_proj"),
+    (lambda: empty_model("Flux.1", **SMALL_FLUX, in_channels=96),
+     lambda: empty_model("Flux.1", **SMALL_FLUX), "img_in")])
+def test_a_lora_of_another_variant_is_named_as_one_and_the_rest_fits(made_for, model, others):
+    layers = weight_shapes(made_for().model.diffusion_model, "blocks", "img_in")
+    lora = pairs({f"diffusion_model.{name}": shape for name, shape in layers.items()})
+    report = check_lora(model(), None, lora, measure=False)
+    assert report.mismatches and all(others in layer for layer in report.mismatches)
+    assert report.matched == len(layers) - len(report.mismatches) > len(report.mismatches)
+    assert report.verdict.endswith(
+        " The rest are for a variant of it whose layers have another size, such as one for"
+        " inpainting, or one that is not pruned.")
+    unread = check_lora(model(), None, lora | {
+        f"diffusion_model.{name}.lora_down.weight": torch.ones(3, 7)
+        for name in list(layers)[-1:]}, measure=False)
+    assert "variant" not in unread.verdict
