@@ -471,7 +471,8 @@ MINIMAX = {name: FAMILIES[name].config for name in ("minimax-h3", "minimax-h3-pr
 
 @pytest.mark.parametrize(("made_for", "model", "others"), [
     (lambda: empty_model_of("MiniMaxH3", MINIMAX["minimax-h3"]),
-     lambda: empty_model_of("MiniMaxH3", MINIMAX["minimax-h3-pruned"] | {"time_embed_dim": 8}), "adaln_proj"),
+     lambda: empty_model_of("MiniMaxH3", MINIMAX["minimax-h3-pruned"] | {"time_embed_dim": 8}),
+     "adaln_proj"),
     (lambda: empty_model("Flux.1", **SMALL_FLUX, in_channels=96),
      lambda: empty_model("Flux.1", **SMALL_FLUX), "img_in")])
 def test_a_lora_of_another_variant_is_named_as_one_and_the_rest_fits(made_for, model, others):
