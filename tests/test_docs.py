@@ -20,7 +20,7 @@ from PIL import Image
 from word_count import word_count
 
 from devtools import ROOT
-from devtools.artwork import FIRST_PICTURE
+from devtools.first_picture import FIRST_PICTURE
 from devtools.commands import COMMANDS
 from devtools.demo import STEPS
 from devtools.fuzz.targets import TARGETS

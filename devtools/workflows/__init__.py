@@ -1,6 +1,6 @@
 """The workflows of examples, demo and blueprints: JSON files, as ComfyUI's editor writes them.
 
-`python -m devtools.workflows FILE...`, from the root, opens, saves and draws them.
+`python -m devtools.workflows FILE...`, from the root, opens and saves them.
 """
 from devtools import ROOT
 

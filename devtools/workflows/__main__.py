@@ -1,4 +1,4 @@
-"""Opens workflows in ComfyUI's editor, saves what it writes, and draws their covers:
+"""Opens workflows in ComfyUI's editor and saves what it writes:
 `python -m devtools.workflows FILE...`, from the root.
 
 Also writes the pages that list the examples and the blueprints. A blueprint is only opened: the
@@ -13,13 +13,7 @@ from pathlib import Path
 from devtools import markdown_table
 from devtools.host.browser import Browser, BrowserError
 from devtools.host.server import Server, ServerError
-from devtools.workflows import (
-    BLUEPRINT_FOLDER,
-    FOLDER,
-    blueprint_paths,
-    covers,
-    example_paths,
-)
+from devtools.workflows import BLUEPRINT_FOLDER, FOLDER, blueprint_paths, example_paths
 from devtools.workflows.stand_ins import stand_in_files
 from devtools.workflows.workflow import Workflow
 
@@ -96,13 +90,12 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m devtools.workflows", description="Open workflows in ComfyUI's editor, save"
-        " what it writes, draw their covers, and write the pages that list them.")
+        " what it writes, and write the pages that list them.")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
                         help="a workflow in example_workflows, or a blueprint in subgraphs")
-    parser.add_argument("--cover", action="store_true", help="only draw the covers")
     options = parser.parse_args(arguments)
     try:
-        if options.files and not options.cover:
+        if options.files:
             with tempfile.TemporaryDirectory() as base:
                 stand_in_files(Path(base), options.files)
                 with Server(base) as server, Browser() as browser:
@@ -111,10 +104,7 @@ def main(arguments: list[str]) -> int:
                         graph = opened(browser, path)
                         if path.resolve().parent != BLUEPRINT_FOLDER:
                             path.write_text(written(graph), encoding="utf-8")
-        for path in options.files:
-            if path.resolve().parent == FOLDER:
-                covers.save(path)
-            print(path.stem)
+        print(*(path.stem for path in options.files), sep="\n")
         write_pages()
     except (BrowserError, ServerError, ValueError, OSError) as error:
         print(f"Failed: {error}")
