@@ -20,9 +20,9 @@ from PIL import Image
 from word_count import word_count
 
 from devtools import ROOT
-from devtools.first_picture import FIRST_PICTURE
 from devtools.commands import COMMANDS
 from devtools.demo import STEPS
+from devtools.first_picture import FIRST_PICTURE
 from devtools.fuzz.targets import TARGETS
 from devtools.fuzz.targets.models import QUANTIZERS
 from devtools.host import environment, matrix
