@@ -36,7 +36,8 @@ class WhileGenerating:
         self.save = save
         self.images = 0
         self._calls = self._measured = 0  # of the model
-        self._next_save = 1  # image; 0: nothing is measured any more
+        self._next_save = 1  # image
+        self._is_stopped = False
         self._collector: Collector | None = None
 
     def attach(self, patcher):
@@ -74,7 +75,7 @@ class WhileGenerating:
 
     def _collector_for(self, patcher) -> Collector | None:
         """Returns the collector for a model's layers, None where nothing is measured."""
-        if self._next_save == 0:
+        if self._is_stopped:
             return None
         if patcher.model_options.get(COMPILED):
             self._stop("nothing is measured: torch.compile hides the layers' inputs")
@@ -95,7 +96,7 @@ class WhileGenerating:
 
     def _stop(self, why: str):
         logging.warning("%sMeasure Sensitivity: %s", PREFIX, why)
-        self._next_save, self._collector = 0, None
+        self._is_stopped, self._collector = True, None
 
     def _call(self, apply_model, *args, **kwargs):
         collector = self._collector
