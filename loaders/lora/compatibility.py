@@ -23,9 +23,9 @@ from ...ops.patches.adapters import (
 from ...ops.patches.as_trained import as_trained, row_dora
 from ...ops.patches.patch_trial import trial_error
 from ..container.weight_file import safe_repr
+from .comfyui_load_lora import load_lora_text
 from .family_match import match_family, metadata_hints
 from .header_alpha import CONFIG, HeaderAlpha, find_header_alpha, with_alphas
-from .load_lora import load_lora_text
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
 from .report import MISSING, LoraReport

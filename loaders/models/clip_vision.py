@@ -10,7 +10,7 @@ from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CLIP_VISION
-from .models_beside import Kind, PackedFile, load_side_model
+from .side_models import Kind, PackedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
 

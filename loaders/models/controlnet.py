@@ -18,7 +18,7 @@ from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK
-from .models_beside import Kind, PackedFile, load_side_model
+from .side_models import Kind, PackedFile, load_side_model
 
 CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.

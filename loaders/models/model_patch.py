@@ -10,7 +10,7 @@ from ..comfyui.compute_dtype import guided_dtypes
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import MODEL_PATCH
-from .models_beside import Kind, PackedFile, load_side_model
+from .side_models import Kind, PackedFile, load_side_model
 
 
 def load_model_patch(path: str, pack_to: str | None = None,

@@ -27,7 +27,7 @@ from ..comfyui.packed_patcher import guard_of
 from ..comfyui.weight_keys import unmerge_kernels
 from ..container.weight_file import FileChangeGuard
 from ..recipe import Recipe, register_loader
-from .models_beside import Kind, load_side_model
+from .side_models import Kind, load_side_model
 
 VAE = "VAE"  # kind of model, and name of the loader in recipes
 

@@ -168,7 +168,7 @@ OF_QWEN = ("v.patch_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.ffn_down.weight
     ("gemma-4-e2b", ("mm.input_projection.weight",), ()),
     *((name, OF_QWEN, ("mm.2.weight",))
       for name in ("qwen2.5-vl-7b", "qwen3-vl-32b", "qwen3.5-0.8b"))])
-def test_mmproj_files_of_other_models_beside_an_encoder_are_left_alone(name, lacking, flat,
+def test_mmproj_files_of_other_side_models_an_encoder_are_left_alone(name, lacking, flat,
                                                                       tmp_path, caplog):
     seeing = ENCODERS_THAT_SEE[name]
     with small_towers(seeing.encoder):

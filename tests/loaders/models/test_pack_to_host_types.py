@@ -30,7 +30,7 @@ from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models import models_beside, pack_on_load
+from featherweight.loaders.models import pack_on_load, side_models
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -194,7 +194,7 @@ def as_comfyui(monkeypatch):
     def packed_formats(host_formats, device):
         return automatic(AS_COMFYUI if host_formats == AUTOMATIC else host_formats, device)
 
-    return lambda: monkeypatch.setattr(models_beside, "packed_formats", packed_formats)
+    return lambda: monkeypatch.setattr(side_models, "packed_formats", packed_formats)
 
 
 some_controlnets = ("flux", "sd1.5", "hunyuan-dit")
