@@ -437,7 +437,7 @@ def _code_definitions(encoder: RowEncoder) -> dict:
     layout = encoder.layout
     return {
         "SCALE_COLUMNS": 0 if layout.scale.kind == "f32" else layout.group,
-        "LARGEST": c_floats([encoder.largest]),
+        "LOWEST": c_floats([encoder.lowest]), "LARGEST": c_floats([encoder.largest]),
         "IS_E2M1": int(layout.codes.numbers == E2M1),
         "MIDDLES": c_floats(encoder.middles().tolist() if layout.codes.bits == 4 else ()),
     }

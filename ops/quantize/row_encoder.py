@@ -75,6 +75,7 @@ class RowEncoder:
     Attributes:
         of_tensor: the number that all scales of the weight are, or are multiplied by; 0: each row
             has its own.
+        lowest, largest: numbers of codes; int8 does without -128.
     """
 
     def __init__(self, packed_format: RowFormat, shrinks: tuple[float, ...]):
@@ -84,8 +85,9 @@ class RowEncoder:
         numbers = packed_format.code_numbers()
         self.levels, codes = torch.sort(numbers.nan_to_num(0))
         self.codes = codes.to(torch.uint8)
-        self.largest = float(min(-self.levels[0], self.levels[-1], LARGEST_INTEGER)
-                             if self.layout.codes.dtype == torch.int8 else self.levels[-1])
+        self.lowest, self.largest = float(self.levels[0]), float(self.levels[-1])
+        if self.layout.codes.dtype == torch.int8:
+            self.lowest = -self.largest
 
     def choose_scale_of_tensor(self, peak: float):
         """Sets `of_tensor` for a weight whose largest magnitude is `peak`."""
@@ -204,9 +206,9 @@ class RowEncoder:
         scaled = values / torch.where(units > 0, units, torch.inf)
         dtype = self.layout.codes.dtype
         if dtype == torch.int8:
-            return scaled.round_().clamp_(-self.largest, self.largest)
+            return scaled.round_().clamp_(self.lowest, self.largest)
         if dtype.is_floating_point:
-            return scaled.clamp_(-self.largest, self.largest).to(dtype).float()
+            return scaled.clamp_(self.lowest, self.largest).to(dtype).float()
         if self.layout.codes.numbers == E2M1:
             size = scaled.abs().clamp_(max=self.largest)
             step = 0.5 + (size >= 2) * 0.5 + (size >= 4)  # 0.5, 1 or 2

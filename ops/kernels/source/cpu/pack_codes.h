@@ -1,6 +1,6 @@
 // Rows in the basis of their codes, and the codes of one value, as `RowEncoder` of ops/quantize/row_encoder.py rounds to them.
 //
-// Defined besides the constants of rows.h: LARGEST, the largest number of a code; IS_E2M1; MIDDLES,
+// Defined besides the constants of rows.h: LOWEST and LARGEST, the numbers of codes; IS_E2M1; MIDDLES,
 // between neighbouring numbers of another codebook, which ascends; SCALE_COLUMNS, the columns that
 // share a stored scale of one byte, 0: a row has one scale, float32.
 
@@ -42,11 +42,11 @@ static FUNCTION Ints place_of(Floats scaled) {
 // Returns the numbers of the codes that are nearest to values over their units.
 static FUNCTION Floats nearest(Floats scaled) {
 #if defined(FLOAT8)
-    return nearest_e4m3(between(scaled, -LARGEST, LARGEST));
+    return nearest_e4m3(between(scaled, LOWEST, LARGEST));
 #elif !defined(CODEBOOK)
-    return nearest_integer(between(scaled, -LARGEST, LARGEST));
+    return nearest_integer(between(scaled, LOWEST, LARGEST));
 #elif IS_E2M1
-    scaled = between(scaled, -LARGEST, LARGEST);
+    scaled = between(scaled, LOWEST, LARGEST);
     // the last bit of a sum with it is the step between two numbers: 0.5, 1 or 2
     const float to_half = 6291456, to_integer = 2 * to_half, to_even = 4 * to_half;
     Floats size = magnitude(scaled),

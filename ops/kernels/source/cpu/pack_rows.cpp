@@ -131,14 +131,20 @@ static FUNCTION void encode_row(const float* values, float full, const float* sh
     memcpy(scales, &unit, sizeof unit);
     const Floats divisor = divisor_of(all(unit));
     for (int start = 0; start < columns; start += LANES) {
-        Ints bits = nearest_codes(load<Floats>(values + start) / divisor);
-        if (start + LANES <= columns) {
+        Ints bits = nearest_codes(load<Floats>(values + start) / divisor) & ((1 << BITS) - 1);
+        if (BITS == 8 && start + LANES <= columns) {
             store_bytes(bits, codes + start);
-        } else {
-            Byte some[LANES];
-            store_bytes(bits, some);
-            memcpy(codes + start, some, columns - start);
+            continue;
         }
+        Byte some[LANES];
+        store_bytes(bits, some);
+        const int count = columns - start < LANES ? columns - start : LANES;
+        if (BITS == 8)
+            memcpy(codes + start, some, count);
+        else  // rows of whole bytes
+            for (int i = 0; i < count; i += 2)
+                codes[(start + i) / 2] = ORDER == HIGH_FIRST ? some[i] << 4 | some[i + 1]
+                                                             : some[i] | some[i + 1] << 4;
     }
 }
 #endif
