@@ -3,8 +3,10 @@
 // "automatic" now. Or it says which input this one replaced, whose connection it takes then.
 import { app } from "../../scripts/app.js";
 
+const replacedInputs = {}; // type of a node -> [name of an input of earlier versions, name of the one that replaced it] of each
+
 /** Gives the connection of a saved input to the one that replaced it. */
-function moveConnection(saved, from, to) {
+function moveConnection(saved, [from, to]) {
   const input = saved.inputs?.find(({ name }) => name === from);
   if (!input) return;
   const dropped = input.link == null ? from : to;
@@ -14,17 +16,16 @@ function moveConnection(saved, from, to) {
 
 app.registerExtension({
   name: "Featherweight.AddedInputs",
+  // Before the editor gives links to slots: some editors go by the names of the saved inputs, later ones by the saved places.
+  beforeConfigureGraph(saved) {
+    for (const { nodes } of [saved, ...(saved.definitions?.subgraphs ?? [])])
+      for (const node of nodes ?? []) for (const names of replacedInputs[node.type] ?? []) moveConnection(node, names);
+  },
   beforeRegisterNodeDef({ prototype }, nodeData) {
     if (!nodeData.name.startsWith("Featherweight")) return;
     for (const [name, [, options]] of Object.entries(nodeData.input?.optional ?? {})) {
       const { value_in_earlier_workflows: earlier, replaced_input: replaced } = options ?? {};
-      if (replaced !== undefined) {
-        const { configure } = prototype;
-        prototype.configure = function (saved, ...rest) {
-          moveConnection(saved, replaced, name);
-          return configure.call(this, saved, ...rest);
-        };
-      }
+      if (replaced !== undefined) (replacedInputs[nodeData.name] ??= []).push([replaced, name]);
       if (earlier !== undefined) {
         const { onConfigure } = prototype;
         prototype.onConfigure = function (saved, ...rest) {
