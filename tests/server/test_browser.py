@@ -254,6 +254,13 @@ def fresh_server(request):
     return request.getfixturevalue("fresh" if request.param == "own" else "newest_server")
 
 
+@pytest.fixture
+def fresh_editor(browser, fresh_server):
+    browser.open_editor(fresh_server)
+    yield browser
+    browser.close_editor()
+
+
 @pytest.fixture(scope="module")
 def editor(browser, fresh):
     """The editor of `fresh`, in which a workflow takes the place of the one before."""
@@ -882,8 +889,9 @@ def test_the_editor_fills_the_date_and_inputs_into_names_of_files(editor, node_t
     assert re.fullmatch(r"a/20\d\d_\d+_%model%", sent)
 
 
-def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(editor, fresh):
+def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(fresh_editor, fresh_server):
     """With its place in the links that it had, and in the list what was picked there."""
+    editor = fresh_editor
     path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
     workflow = json.loads(path.read_text(encoding="utf-8"))
     measure, save = (next(node for node in workflow["nodes"] if node["type"] == f"{CATEGORY}{name}")
@@ -894,7 +902,7 @@ def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(editor, fresh
     save["inputs"].append({"name": "measurement", "type": "COMBO", "link": None,
                            "widget": {"name": "measurement"}})
     next(one for one in workflow["links"] if one[0] == link)[4] = 2
-    picked = fresh.base / "output" / "sensitivity" / "picked.sensitivity"
+    picked = fresh_server.base / "output" / "sensitivity" / "picked.sensitivity"
     picked.parent.mkdir(parents=True, exist_ok=True)
     picked.touch()
     node = f"app.graph.getNodeById({save['id']})"
