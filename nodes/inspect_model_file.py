@@ -6,6 +6,7 @@ from ..loaders.inspect.inspection_chart import inspection_picture
 from ..loaders.inspect.inspection_text import inspection_text, summary
 from ..loaders.paths.folders import (
     ENCODER,
+    GGUF_FOLDERS,
     find_file,
     list_files,
     list_model_folders,
@@ -14,23 +15,7 @@ from ..loaders.paths.folders import (
 )
 from .node_text import show_text
 
-FOLDERS = (
-    "unet_gguf",
-    "diffusion_models",
-    "checkpoints_gguf",
-    "checkpoints",
-    "clip_gguf",
-    "text_encoders",
-    "loras_gguf",
-    "loras",
-    "vae",
-    "controlnet_gguf",
-    "controlnet",
-    "model_patches_gguf",
-    "model_patches",
-    "clip_vision_gguf",
-    "clip_vision",
-)
+FOLDERS = tuple(key for pair in GGUF_FOLDERS.items() for key in pair)
 PACKAGES = ("diffusion_models", "checkpoints", "diffusers")
 NONE = "none"
 

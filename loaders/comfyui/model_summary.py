@@ -50,8 +50,8 @@ def format_sizes(tensors: Iterable[torch.Tensor]) -> collections.Counter[str]:
     return sizes
 
 
-def load_summary(file: WeightFile, patcher) -> str:
-    """Returns a line for the log: the formats in a file, its size, and the bytes held in memory.
+def log_load_summary(file: WeightFile, patcher):
+    """Logs the formats in a file, its size, and the bytes that its model holds in memory.
 
     Args:
         file: the model's.
@@ -62,8 +62,8 @@ def load_summary(file: WeightFile, patcher) -> str:
         formats = collections.Counter(
             title_of(format_name(tensor)) for tensor in patcher.model.parameters())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
-    return (f"{file.name}: {formats.total()} tensors ({counts}),"
-            f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory")
+    log.info("%s: %d tensors (%s), %d bytes on disk, %d bytes in memory", file.name,
+             formats.total(), counts, file.tensor_bytes, patcher.model_size())
 
 
 def dequantize_backend_text(patcher) -> str | None:

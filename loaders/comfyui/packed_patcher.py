@@ -13,7 +13,7 @@ from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..container.weight_file import FileChangeGuard, WeightFile
 from .compute_dtype import choose_compute
-from .model_summary import load_summary
+from .model_summary import log_load_summary
 
 
 def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
@@ -43,11 +43,6 @@ def choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
         if isinstance(layer, PackedLinear) and is_packed(layer.weight) and kitchen_products.runs(
                 layer.weight.params.format, patcher.load_device, dtype):
             layer.compute = "int8"
-
-
-def log_load_summary(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher):
-    """Logs the formats in a file and the bytes that its model holds."""
-    log.info("%s", load_summary(file, patcher))
 
 
 class PackedCLIP(comfy.sd.CLIP):

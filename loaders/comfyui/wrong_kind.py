@@ -28,7 +28,7 @@ NOT_DIFFUSION = (
 )
 
 
-# Names of tensors that only these models beside a diffusion model have, the kind and the family.
+# Names of tensors that only these models next to a diffusion model have, the kind and the family.
 MODEL_PATCH, CLIP_VISION, CONTROLNET = "model patch", "CLIP vision model", "ControlNet"
 SIDE_MODELS = (
     (r"^control_all_x_embedder\.", MODEL_PATCH, "Z-Image Fun ControlNet"),
@@ -54,15 +54,6 @@ SIDE_LOADERS = {MODEL_PATCH: "Load Model Patch (Featherweight)",
                 CONTROLNET: "Load ControlNet (Featherweight)"}
 
 
-def find_side_model(names: Iterable[str]) -> tuple[str, str, str] | None:
-    """Returns (kind, family, name that shows it) of a model beside a diffusion model.
-
-    Returns:
-        Of the first match in `SIDE_MODELS`; None for other names.
-    """
-    return first_match(names, SIDE_MODELS)
-
-
 def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
     """Returns what a file is by the names of its tensors: "a LoRA (it has 'x.lora_A')".
 
@@ -75,7 +66,7 @@ def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
         those of none.
     """
     names = list(names)
-    side_model = find_side_model(names)
+    side_model = first_match(names, SIDE_MODELS)
     matches = (first_match(names, NOT_DIFFUSION),
                side_model and (f"a {side_model[0]}", *side_model[1:]), find_other_part(names))
     return next((f"{match[0]} (it has {match[2]!r})" for match in matches
@@ -140,7 +131,7 @@ def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
 def reject_side_model(file: WeightFile):
     """Raises WeightFileError for one of `SIDE_MODELS`, or for a part of a model, such as a VAE,
     picked as a diffusion model."""
-    if match := find_side_model(file.entries):
+    if match := first_match(file.entries, SIDE_MODELS):
         kind, _, name = match
         raise _not_diffusion(file, f"a {kind}", f"Pick it in {SIDE_LOADERS[kind]}.", name)
     if match := find_other_part(file.entries):

@@ -1,7 +1,7 @@
 """The base of all containers: names, logical shapes, formats, bytes and metadata of a weight file.
 
-A container is one class in one file of `loaders/files`. It registers by being defined, is imported
-by `open_weights.py`, and is chosen by the first bytes of a file, never by the file's name.
+A container is one class in one file of `loaders/files`, in the list of `open_weights.py`. It is
+chosen by the first bytes of a file, never by the file's name.
 """
 import contextlib
 import functools
@@ -45,8 +45,6 @@ DOWNLOAD_AGAIN = "Download the file again, or get another conversion."
 CONFIG_KEY = "quantization_config"  # of a config, and of metadata: the settings of a quantiser
 COUNTABLE = (1 << 60) - 1  # largest number of elements whose bytes torch can count
 
-CONTAINERS: dict[bytes, type["WeightFile"]] = {}
-
 # Iterates over a collection and shows the progress.
 ProgressIter = Callable[[Collection], Iterable]
 
@@ -87,7 +85,6 @@ class WeightFile:
     The files stay open as long as this object or one of its tensors lives.
 
     Attributes:
-        magic: first bytes of a file of this container.
         dtypes: name -> plain dtype of the container.
         path: the file or folder requested.
         paths: all files of the model, in order.
@@ -98,22 +95,11 @@ class WeightFile:
         guard: raises WeightFileError if one of the mapped files was written to.
     """
 
-    magic: ClassVar[bytes]
     dtypes: ClassVar[Mapping[str, torch.dtype]] = PLAIN_DTYPES
     path: Path
     paths: tuple[Path, ...]
     metadata: Mapping[str, Any]
     entries: dict[str, Entry]
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "magic" not in cls.__dict__:
-            return  # finds the files of its base's container in another way
-        if cls.magic in CONTAINERS:
-            other = CONTAINERS[cls.magic].__name__
-            raise TypeError(
-                f"Files beginning with {cls.magic!r} are claimed by {other} and {cls.__name__}.")
-        CONTAINERS[cls.magic] = cls
 
     def __init__(
         self, path: Path, paths: Sequence[Path], buffers: Sequence["MappedFile"],
@@ -135,11 +121,6 @@ class WeightFile:
         """Adds a sentence to `notes`, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-
-    @classmethod
-    def recognises(cls, head: bytes) -> bool:
-        """Returns whether a file with these first bytes (up to 512) is of this container."""
-        return head.startswith(cls.magic)
 
     @property
     def declared_type(self) -> str:

@@ -66,22 +66,11 @@ CLIP_OR_T5 = {
 
 # Encoders whose tokenizer the host reads from their file -> its key in the state dict.
 TOKENIZER_OF = {
-    "GEMMA_2_2B": SENTENCEPIECE,
-    "GEMMA_3_4B": SENTENCEPIECE,
-    "GEMMA_3_4B_VISION": SENTENCEPIECE,
-    "GEMMA_3_12B": SENTENCEPIECE,
-    "UMT5_XXL": SENTENCEPIECE,
-    "UMT5_BASE": SENTENCEPIECE,
-    "T5_GEMMA": SENTENCEPIECE,
-    "JINA_CLIP_2": SENTENCEPIECE,
-    "MINISTRAL_3_3B": TEKKEN,
-    "MISTRAL3_24B": TEKKEN,
-    "MISTRAL3_24B_PRUNED_FLUX2": TEKKEN,
-    "GPT_OSS_20B": TOKENIZER_JSON,
-    "GEMMA_4_E2B": TOKENIZER_JSON,
-    "GEMMA_4_E4B": TOKENIZER_JSON,
-    "GEMMA_4_12B": TOKENIZER_JSON,
-    "GEMMA_4_31B": TOKENIZER_JSON,
+    **dict.fromkeys(("GEMMA_2_2B", "GEMMA_3_4B", "GEMMA_3_4B_VISION", "GEMMA_3_12B", "UMT5_XXL",
+                     "UMT5_BASE", "T5_GEMMA", "JINA_CLIP_2"), SENTENCEPIECE),
+    **dict.fromkeys(("MINISTRAL_3_3B", "MISTRAL3_24B", "MISTRAL3_24B_PRUNED_FLUX2"), TEKKEN),
+    **dict.fromkeys(("GPT_OSS_20B", "GEMMA_4_E2B", "GEMMA_4_E4B", "GEMMA_4_12B", "GEMMA_4_31B"),
+                    TOKENIZER_JSON)
 }
 
 ANY = "stable_diffusion"  # type for encoders that the host builds by their weights

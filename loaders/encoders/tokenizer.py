@@ -14,6 +14,7 @@ import torch
 
 from ...ops.pickle_names import short_error_name
 from ..container.weight_file import safe_repr
+from .arch import SENTENCEPIECE, Weights
 
 MODEL, TOKENS, SCORES, TYPES, MERGES = (
     f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))
@@ -111,6 +112,19 @@ def _check_numbers(tokens: list[str], lists: Mapping[str, Any]):
                 f"{key} is {safe_repr(values)}, expected a number for each of the {len(tokens)}"
                 " tokens"
             )
+
+
+def sentencepiece(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Weights:
+    """Returns the SentencePiece model among the weights, or one made from llama.cpp's metadata.
+
+    A converter to GGUF may have stored the bytes of that tensor as another dtype.
+
+    Raises:
+        KeyError: with the key that the metadata lack.
+    """
+    stored = weights.get(SENTENCEPIECE)
+    model = sentencepiece_model(metadata) if stored is None else stored.to(torch.uint8)
+    return {SENTENCEPIECE: model}
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> torch.Tensor:

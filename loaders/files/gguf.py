@@ -53,8 +53,6 @@ class GGUFFile(WeightFile):
         WeightFileError: a file is damaged, incomplete or in a type that is not supported.
     """
 
-    magic = MAGIC
-
     def __init__(self, path: str | Path):
         path = Path(path)
         headers = split_headers(Header(path))
@@ -81,6 +79,11 @@ class GGUFFile(WeightFile):
         if marks:
             metadata = ChainMap(marks, *metadata.maps)  # pyright: ignore[reportArgumentType]
         super().__init__(path, paths, buffers, metadata, entries)
+
+    @staticmethod
+    def recognises(head: bytes) -> bool:
+        """Returns whether a file with these first bytes is of this container."""
+        return head.startswith(MAGIC)
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns `WeightFile.state_dict`, multiplied by separate scales.

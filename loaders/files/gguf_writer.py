@@ -7,7 +7,6 @@ reader requires.
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -179,9 +178,4 @@ def _aligned(size: int) -> int:
     return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
-def gguf_writer(*arguments, **options) -> AbstractContextManager[GGUFWriter]:
-    """Opens a GGUF file for writing; see `WeightsWriter.open`."""
-    return GGUFWriter.open(*arguments, **options)
-
-
-file_size = GGUFWriter.file_size
+gguf_writer, file_size = GGUFWriter.open, GGUFWriter.file_size

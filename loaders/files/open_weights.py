@@ -1,13 +1,11 @@
-"""Opens weight files in every supported container, and folders of them.
-
-Importing this module registers the containers.
-"""
+"""Opens weight files in every supported container, and folders of them."""
 import os
 from pathlib import Path
 
-from ..container.weight_file import CONTAINERS, WeightFile, WeightFileError, map_file
-from . import gguf, safetensors  # noqa: F401  each registers its container
+from ..container.weight_file import WeightFile, WeightFileError, map_file
 from .diffusers_folder import ModelFolder
+from .gguf import GGUFFile
+from .safetensors import SafetensorsFile
 from .wrong_format import sniff_wrong_format
 
 
@@ -21,8 +19,8 @@ def open_weights(path: str | os.PathLike) -> WeightFile:
     if path.is_dir():
         return ModelFolder(path)
     head = map_file(path)[:512]
-    for container in CONTAINERS.values():
+    for container in (GGUFFile, SafetensorsFile):
         if container.recognises(head):
-            return container(path)  # pyright: ignore[reportCallIssue]  subclasses take a path
+            return container(path)
     raise WeightFileError(
         f"{path.name} is not a supported weight file: {sniff_wrong_format(head)}")

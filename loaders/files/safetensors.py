@@ -55,7 +55,6 @@ class SafetensorsFile(WeightFile):
         WeightFileError: a file is missing, damaged or has a dtype that is not supported.
     """
 
-    magic = b"{"
     dtypes = PLAIN_DTYPES | {
         "U8": torch.uint8,
         "U16": torch.uint16,
@@ -87,9 +86,10 @@ class SafetensorsFile(WeightFile):
             metadata.append(part_metadata)
         super().__init__(path, paths, buffers, ChainMap(*metadata), entries)
 
-    @classmethod
-    def recognises(cls, head: bytes) -> bool:
-        return head[8:9] == cls.magic and int.from_bytes(head[:8], "little") < 1 << 32
+    @staticmethod
+    def recognises(head: bytes) -> bool:
+        """Returns whether a file with these first bytes is of this container."""
+        return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
     def alignment(self, dtype: torch.dtype | None) -> int:
         # Tensors follow each other without gaps, ordered by element size: after one quant_state of

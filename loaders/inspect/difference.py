@@ -19,9 +19,6 @@ from ..quantizers.comfyui_marks import MARK
 
 SLICE_VALUES = 1 << 22  # values dequantised at a time: 16 MB as float32
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-# Names of the scales by which weights in ComfyUI's fp8 formats are multiplied: these endings after
-# the weight's name and after the layer's.
-SCALES = ("_scale", ".scale_weight")
 
 
 def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]:
@@ -109,17 +106,9 @@ def _has_row_access(tensor: torch.Tensor) -> bool:
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns some rows of a weight in float32."""
-    tensor, layer = weights[name], name.removesuffix(".weight")
+    tensor = weights[name]
     if is_comfy_quantized(tensor):
         values = relabel(tensor, dtype=torch.float32).dequantize()[rows]
-        smoothing = weights.get(f"{layer}.{SMOOTHING}")
+        smoothing = weights.get(f"{name.removesuffix('.weight')}.{SMOOTHING}")
         return values if smoothing is None else values * smoothing.to(values)
-    values = values_of(take_rows(tensor, rows) if is_packed(tensor) else tensor[rows]).float()
-    scale_names = (name + SCALES[0], layer + SCALES[1])
-    scale = next((weights[key] for key in scale_names if key in weights), None)
-    if scale is None or tensor.dtype.itemsize != 1:
-        return values
-    scale = scale.float()
-    if scale.numel() == len(tensor):  # one for each row
-        scale = scale[rows].view(-1, *[1] * (values.ndim - 1))
-    return values * scale
+    return values_of(take_rows(tensor, rows) if is_packed(tensor) else tensor[rows]).float()

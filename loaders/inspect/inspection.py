@@ -12,9 +12,9 @@ from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_key
 from ..comfyui.model_summary import title_of
 from ..comfyui.wrong_kind import (
     SIDE_LOADERS,
+    SIDE_MODELS,
     VAE_PREFIXES,
     find_other_part,
-    find_side_model,
     first_match,
 )
 from ..container.weight_file import safe_repr
@@ -174,7 +174,7 @@ def _identify_mmproj(contents: Contents, inspection: Inspection) -> bool:
 
 
 def _identify_side_model(contents: Contents, inspection: Inspection) -> bool:
-    match = find_side_model(contents.tensors)
+    match = first_match(contents.tensors, SIDE_MODELS)
     if match is None or any(map(ENCODER_NAMES.search, contents.tensors)):  # of a whole CLIP
         return False
     inspection.model_type, inspection.family, _ = match

@@ -16,7 +16,8 @@ from ...ops.packing.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
 from ..comfyui.load_check import bytes_of, check_load
-from ..comfyui.packed_patcher import keep_packed, log_load_summary
+from ..comfyui.model_summary import log_load_summary
+from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.quantized_weights import (
     as_tensors,
     host_metadata,

@@ -38,7 +38,7 @@ from ..comfyui.model_summary import format_name
 from ..comfyui.module_files import module_layers
 from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
-from ..comfyui.wrong_kind import find_side_model, reject_non_diffusion
+from ..comfyui.wrong_kind import SIDE_MODELS, first_match, reject_non_diffusion
 from ..container.weight_file import (
     FileChangeGuard,
     WeightFile,
@@ -537,7 +537,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     reject_non_diffusion(file)
     guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
     state_dict = read_marked(file)
-    is_side_model = find_side_model(state_dict) is not None
+    is_side_model = first_match(state_dict, SIDE_MODELS) is not None
     tensors = _in_the_hosts_names(file, state_dict, is_side_model)
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])

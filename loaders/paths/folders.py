@@ -19,9 +19,10 @@ from .workflow_paths import NOT_ON_WINDOWS, is_inside, is_unsafe_name, use_slash
 # Folder keys that other packs and shared workflows use -> the host's key that each one extends by
 # GGUF files.
 GGUF_FOLDERS = {
-    "unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
-    "checkpoints_gguf": "checkpoints", "vae_gguf": "vae", "controlnet_gguf": "controlnet",
-    "model_patches_gguf": "model_patches", "clip_vision_gguf": "clip_vision"
+    "unet_gguf": "diffusion_models", "checkpoints_gguf": "checkpoints",
+    "clip_gguf": "text_encoders", "loras_gguf": "loras", "vae_gguf": "vae",
+    "controlnet_gguf": "controlnet", "model_patches_gguf": "model_patches",
+    "clip_vision_gguf": "clip_vision"
 }
 LORA_FOLDERS = ("loras", "loras_gguf")
 

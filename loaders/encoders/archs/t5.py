@@ -3,7 +3,7 @@
 Of a whole model the encoder is kept.
 """
 from ..arch import SENTENCEPIECE, Arch, rename_keys
-from ._sentencepiece import sentencepiece
+from ..tokenizer import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
 UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384

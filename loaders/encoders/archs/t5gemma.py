@@ -1,6 +1,6 @@
 """T5-Gemma: files with the names of transformers, since llama.cpp exports none."""
 from ..arch import Arch
-from ._sentencepiece import sentencepiece
+from ..tokenizer import sentencepiece
 
 FIRST_NORM = "encoder.layers.0.pre_self_attn_layernorm.weight"
 
@@ -10,6 +10,7 @@ class T5Gemma(Arch):
 
     follows = "transformers 5.23, models/t5gemma"
     names = {}
+    tokenizer = staticmethod(sentencepiece)
 
     @classmethod
     def recognises(cls, weights):
@@ -22,7 +23,3 @@ class T5Gemma(Arch):
             f"model.{name}": tensor for name, tensor in weights.items()
             if name.startswith("encoder.")
         }
-
-    @classmethod
-    def tokenizer(cls, weights, metadata):
-        return sentencepiece(weights, metadata)

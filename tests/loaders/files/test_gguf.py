@@ -20,12 +20,10 @@ from devtools.files.ggml_quantiser import SOURCE
 from devtools.files.gguf_files import write_all, write_gguf
 from devtools.files.gguf_types import FORK_TYPES
 from featherweight.loaders.container.weight_file import (
-    CONTAINERS,
     PLAIN_DTYPES,
-    WeightFile,
     WeightFileError,
 )
-from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES, GGUFFile
+from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import GGML_FORMATS
 
@@ -724,10 +722,3 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch, error, m
                         lambda *_, **__: refuse())
     with pytest.raises(WeightFileError, match=f"model.gguf.*{message}"):
         open_weights(path)
-
-
-def test_a_second_claim_on_a_magic_is_refused():
-    assert CONTAINERS[b"GGUF"] is GGUFFile
-    with pytest.raises(TypeError, match="b'GGUF' are claimed by GGUFFile and Impostor"):
-        class Impostor(WeightFile):
-            magic = b"GGUF"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
 from devtools.files.tiny_models import clip_l_shapes, flux_shapes
-from featherweight.loaders.comfyui.model_summary import load_summary, memory_summary
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -79,14 +79,15 @@ def assert_held_as_on_disk(path, patcher):
         ("Q8_0", "F32"),
     ],
 )
-def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_path):
+def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_path, caplog):
+    caplog.set_level("INFO")
     path = tmp_path / "flux.gguf"
     write_zeros_gguf(path, flux_shapes(3072, 1, 1, 4096), type_name, rest)
     patcher = load_diffusion_model(str(path))
     assert_held_as_on_disk(path, patcher)
     file = open_weights(path)
     sizes = f"{file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory"
-    assert sizes in load_summary(file, patcher)
+    assert sizes in caplog.text
     assert type_name in memory_summary(patcher)
     assert "F32" in (type_name, rest) or "F32" not in memory_summary(patcher)
 
