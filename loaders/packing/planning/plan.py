@@ -11,7 +11,7 @@ from ....ops.packing.row_types import ROW_TYPES
 from ....ops.pickle_names import short_error_name
 from ...byte_sizes import size_text, type_lines, type_shares, unit_of
 from ...packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
-from .knapsack import bytes_for_costs, choose_in_order, choose_types
+from .choose_types import bytes_for_costs, choose_types
 
 # Type -> dB of the weights' power over the error's: means over the matrices of the demo's model;
 # for Q8_0 and types in blocks of 32, over normally distributed weights.
@@ -164,8 +164,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
     least = _least_sum(sizes)
     if budget < least:
         raise too_small(nbytes, least - budget)
-    choose = choose_types if costs else choose_in_order
-    chosen = choose(_costs(shapes, sizes, costs), sizes, budget)
+    chosen = choose_types(_costs(shapes, sizes, costs), sizes, budget)
     return Plan({name: exact.get(name) or chosen[name] for name in shapes})
 
 
