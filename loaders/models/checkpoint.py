@@ -15,8 +15,8 @@ from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import UNKNOWN_MODEL, explain_build_errors, try_detect
+from ..comfyui.keep_packed import wrap_clip, wrap_model
 from ..comfyui.load_check import bytes_of, check_load, patcher_of
-from ..comfyui.packed_patcher import wrap_clip, wrap_model
 from ..comfyui.quantized_weights import as_tensors, host_metadata
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import model_prefix

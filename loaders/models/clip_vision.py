@@ -6,8 +6,8 @@ import comfy.clip_vision
 import torch
 
 from ...ops.tensor.row_slicing import take_rows
+from ..comfyui.keep_packed import keep_packed
 from ..comfyui.layer_classes import names_with_layers, rebind
-from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CLIP_VISION
 from .side_models import Kind, PackedFile, load_side_model

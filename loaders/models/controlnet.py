@@ -12,7 +12,7 @@ import torch
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.compute_dtype import follows_model, guided_dtypes
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
-from ..comfyui.packed_patcher import keep_packed
+from ..comfyui.keep_packed import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError

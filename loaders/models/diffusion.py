@@ -24,6 +24,7 @@ from ..comfyui.detection import (
 )
 from ..comfyui.diffusers_keys import reject_incomplete
 from ..comfyui.host_patcher import keep_weights_whole
+from ..comfyui.keep_packed import wrap_model
 from ..comfyui.load_check import bytes_of, check_load, reject_codes
 from ..comfyui.module_files import (
     explain_module_errors,
@@ -31,7 +32,6 @@ from ..comfyui.module_files import (
     module_layers,
     reject_unused_module,
 )
-from ..comfyui.packed_patcher import wrap_model
 from ..comfyui.quantized_weights import (
     as_tensors,
     host_metadata,

@@ -30,8 +30,8 @@ from ...ops.tensor.packed_layout import (
 from ...ops.tensor.packed_tensor import relabel
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
+from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
 from ..comfyui.model_summary import PACK_STATS_KEY
-from ..comfyui.packed_patcher import choose_kitchen_products, keep_packed
 from ..container.weight_file import WeightFileError, first_line
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory

@@ -15,9 +15,9 @@ from ...ops.log import log
 from ...ops.packing.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
+from ..comfyui.keep_packed import keep_packed
 from ..comfyui.load_check import bytes_of, check_load
 from ..comfyui.model_summary import log_load_summary
-from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.quantized_weights import (
     as_tensors,
     host_metadata,

@@ -17,8 +17,8 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
+from ..comfyui.keep_packed import wrap_clip
 from ..comfyui.load_check import check_load
-from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import in_parts
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, packed_formats

@@ -23,7 +23,7 @@ from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.compute_dtype import vae_dtype
-from ..comfyui.packed_patcher import guard_of
+from ..comfyui.keep_packed import guard_of
 from ..comfyui.weight_keys import unmerge_kernels
 from ..container.weight_file import FileChangeGuard
 from ..recipe import Recipe, register_loader
