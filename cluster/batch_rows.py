@@ -90,7 +90,7 @@ def read_changes(path: str) -> Iterator[dict]:
 
 
 def scan_rows(out: str, graph: dict, lines: list[tuple[int, bytes]]) -> RowScan:
-    """Finds which rows are done. Runs on any machine that sees the store.
+    """Finds which rows are done.
 
     Args:
         out: see `Store`.

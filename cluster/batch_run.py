@@ -1,17 +1,16 @@
 """Renders a batch on Ray: each row of changes to one workflow becomes pictures in a store."""
 import collections
 import contextlib
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import by_value
 from .actor_pool import ActorPool, machine_resources, share_out
 from .batch_progress import BatchProgress
 from .batch_row_rendering import RowRun
-from .batch_rows import RowIndex, RowScan, chunks, read_changes, read_lines, scan_rows
+from .batch_rows import RowIndex, chunks, read_changes, read_lines, scan_rows
 from .comfyui_install import (
     MachineError,
     find_comfyui,
@@ -32,8 +31,7 @@ from .ray_connection import (
 )
 from .worker import RowRenderer, node_info
 
-LOCAL_SCAN_ROWS = 20_000  # rows that this process scans faster than tasks do
-CHUNK = 5_000  # rows in one task of the scan
+CHUNK = 20_000  # rows that are scanned at a time
 VERSION_SECONDS = 60  # for a machine to report its versions
 
 
@@ -115,39 +113,10 @@ class Batch:
     def scan(self) -> RowIndex:
         """Finds the rows that are to be rendered, and removes half-written files of theirs."""
         index = RowIndex(self.shard)
-        lines = read_lines(self.rows)
-        scans = [scan_rows(self.out, self.graph, next(chunks(lines, LOCAL_SCAN_ROWS), []))]
-        others = chunks(lines, CHUNK)
-        if first := next(others, None):
-            self.connect()
-            scans += self.scan_on_ray(itertools.chain([first], others))
-        for scan in scans:
-            index.add(scan)
+        for part in chunks(read_lines(self.rows), CHUNK):
+            index.add(scan_rows(self.out, self.graph, part))
         self.store.remove_parts(index.names)
         return index
-
-    def scan_on_ray(self, parts: Iterator[list]) -> list[RowScan]:
-        """Scans lists of lines in tasks, one for each processor where the store is.
-
-        Returns:
-            The scans in the order of the lists.
-        """
-        import ray
-
-        if self.store.bucket:
-            options = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
-            limit = int(ray.cluster_resources().get("CPU", 1))
-        else:
-            options = on_node(self.home)
-            limit = os.cpu_count() or 1
-        task = ray.remote(scan_rows).options(**options)
-        graph = ray.put(self.graph)
-        scans, running = [], collections.deque()
-        for part in parts:
-            if len(running) > limit:
-                scans.append(ray.get(running.popleft()))
-            running.append(task.remote(self.out, graph, part))
-        return scans + ray.get(list(running))
 
     # --- the cluster ---
 

@@ -15,7 +15,6 @@ from devtools import ROOT
 from featherweight.cluster.actor_pool import Share, share_out
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import RowIndex, RowScan, read_lines, scan_rows
-from featherweight.cluster.batch_run import Batch
 from featherweight.cluster.comfyui_install import (
     MachineError,
     find_comfyui,
@@ -426,33 +425,6 @@ def test_a_machine_has_room_for_as_many_workers_as_its_cpus_and_gpus_allow(
 )
 def test_cpus_are_shared_out_alike_among_the_workers_of_all_machines(machines, requested, shared):
     assert share_out(machines, *requested) == shared
-
-
-def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
-    """Not all of them are read before the first task starts."""
-    reads, running = [], []
-
-    class Task:
-        def options(self, **_):
-            return self
-
-        def remote(self, out, graph, chunk):
-            running.append(chunk)
-            return reads[-1]
-
-    ray = SimpleNamespace(remote=lambda scan_rows: Task(), put=lambda graph: graph,
-                          get=lambda ref: ref, cluster_resources=lambda: {"CPU": 2})
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    batch = Batch({}, "", str(tmp_path))
-    batch.store = SimpleNamespace(bucket=True)
-
-    def chunks():
-        for index in range(5):
-            assert len(running) == index
-            reads.append(index)
-            yield [index]
-
-    assert batch.scan_on_ray(chunks()) == [0, 1, 2, 3, 4]
 
 
 def test_a_finished_batch_needs_no_ray(tmp_path):
