@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from ...ops.bounded_json import read_json
-from ...ops.formats.base import FORMATS
 from ...ops.packing.row_types import format_of
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..comfyui.quantized_weights import as_tensors, read_marked
@@ -36,6 +35,7 @@ from ..packing.planning.file_plan import (
     KEEP_TYPES,
     SaveOptions,
     is_safetensors,
+    keep_type,
     plan_file,
     written_name,
 )
@@ -95,11 +95,13 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
         ValueError: with a sentence on why it cannot be written.
     """
     safetensors = is_safetensors(path)
-    tensors = {name: tensor for name, tensor in tensors.items() if _is_held(tensor, safetensors)}
     weights = {name: Weight(name, name, tuple(tensor.shape), tensor, _unread)
                for name, tensor in tensors.items()}
+    weights = {name: weight for name, weight in weights.items()  # those that a file holds exactly
+               if not weight.is_number or keep_type(weight, safetensors) == weight.stored_type}
     metadata = {key: text for key, text in file.text_metadata.items() if key == CONFIG}
-    note = json.dumps({"digests": _digests(tensors), "loss": loss})
+    digests = _digests({name: tensors[name] for name in weights})
+    note = json.dumps({"digests": digests, "loss": loss})
     mode = functools.reduce(operator.and_, (path.stat().st_mode & 0o666 for path in file.paths))
     # writable, for what removes the part of a killed writer
     options = SaveOptions(metadata={NOTE: note}, mode=mode | stat.S_IWUSR)
@@ -147,19 +149,6 @@ def _checked(name: str, tensor: torch.Tensor, type_name: str,
     if not is_expected or tuple(tensor.shape) != shape:
         raise ValueError(f"{safe_repr(name)} is not {type_name} of shape {shape}")
     return tensor
-
-
-def _is_held(tensor: torch.Tensor, safetensors: bool) -> bool:
-    """Returns whether a file can hold a tensor bit for bit."""
-    if not is_packed(tensor):
-        return not isinstance(tensor, QuantizedTensor)
-    weight = Weight("", "", tuple(tensor.shape), tensor, _unread)
-    if weight.plain_dtype is not None:
-        return True
-    if safetensors:
-        return weight.stored_type in PACKED_TYPES
-    packed_format = FORMATS.get(weight.stored_type)
-    return packed_format is not None and packed_format.ggml_type is not None
 
 
 def _unread(start: int, stop: int) -> torch.Tensor:

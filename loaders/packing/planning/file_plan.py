@@ -327,7 +327,7 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
         return _plan_for_size(source, target, least, options)
     shapes, weights = source.shapes, source.weights
     if target == KEEP_TYPES:
-        types = {name: _keep_type(weights[name], safetensors) for name in shapes}
+        types = {name: keep_type(weights[name], safetensors) for name in shapes}
     elif row_types:
         types = plan_for_type(shapes, target, rules_for(shapes), _halves_beside_rows(source)).types
     else:
@@ -523,7 +523,7 @@ def _is_ggml(weight: Weight) -> bool:
     return divides_rows(stored_type, weight.shape) or (weight.is_whole and not weight.patches)
 
 
-def _keep_type(weight: Weight, safetensors: bool) -> str:
+def keep_type(weight: Weight, safetensors: bool) -> str:
     """Returns the type a weight is stored in where a file can hold it, else its 16-bit type."""
     stored_type = weight.stored_type
     is_writable = _is_ggml(weight)
