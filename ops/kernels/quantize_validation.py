@@ -6,7 +6,6 @@ choices is compared with what these stand for.
 """
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,51 +30,6 @@ BEST_TOLERANCE = 1 + 1e-5  # of the error of a row, whose sums are rounded in an
 TOKENS = 512  # of which moments are
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """A case of "pack_blocks".
-
-    Attributes:
-        blocks: Their number.
-        weighted: Whether errors have weights.
-        emphasis: Whether errors of large values count more.
-    """
-    blocks: int
-    weighted: bool
-    emphasis: bool
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A case of "pack_columns": the number of rows, and of columns."""
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A case of "pack_rows": the number of rows, of columns, and of scales that are tried."""
-    rows: int
-    columns: int
-    tries: int
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """A case of "pack_row_columns".
-
-    Attributes:
-        rows: Their number.
-        columns: Of a row.
-        block: Columns of a block of moments, None for all.
-        is_pair: Whether the moments are of a pair.
-    """
-    rows: int
-    columns: int
-    block: int | None
-    is_pair: bool
-
-
 def _row_format(packed_format: Format) -> RowFormat:
     assert isinstance(packed_format, RowFormat)
     return packed_format
@@ -86,37 +40,39 @@ def _grid(packed_format: Format) -> Grid:
     return packed_format.grid
 
 
-def _block_cases(packed_format: Format) -> list[Blocks]:
+def _block_cases(packed_format: Format) -> list[dict[str, int | bool]]:
     many = max(37, SEVERAL_THREADS // _grid(packed_format).length)
     return [
-        Blocks(1, False, False),
-        Blocks(37, False, True),
-        Blocks(37, True, True),
-        Blocks(many, True, False),
+        {"blocks": 1, "weighted": False, "emphasis": False},
+        {"blocks": 37, "weighted": False, "emphasis": True},
+        {"blocks": 37, "weighted": True, "emphasis": True},
+        {"blocks": many, "weighted": True, "emphasis": False},
     ]
 
 
-def _row_cases(packed_format: Format) -> list[Rows]:
+def _row_cases(packed_format: Format) -> list[dict[str, int]]:
     grid = _grid(packed_format)
     columns = columns_at_a_time(grid)
-    return [Rows(1, grid.length), Rows(37, columns), Rows(SEVERAL_THREADS // columns, columns)]
+    return [{"rows": 1, "columns": grid.length}, {"rows": 37, "columns": columns},
+            {"rows": SEVERAL_THREADS // columns, "columns": columns}]
 
 
-def _encoded_cases(packed_format: Format) -> list[Encoded]:
+def _encoded_cases(packed_format: Format) -> list[dict[str, int]]:
     layout = _row_format(packed_format).layout
     columns = layout.columns
     has_tails = layout.scale.kind == "f32" and not layout.rotation
-    return [Encoded(rows, width, tries) for rows, tries in
+    return [{"rows": rows, "columns": width, "tries": tries} for rows, tries in
             ((1, 1), (1, 3), (37, 3), (SEVERAL_THREADS // columns, 11))
             for width in ((columns, columns + 1) if has_tails else (columns,))]
 
 
-def _feedback_cases(packed_format: Format) -> list[Feedback]:
+def _feedback_cases(packed_format: Format) -> list[dict[str, Any]]:
     layout = _row_format(packed_format).layout
     unit = layout.rotation or (37 if layout.scale.kind == "f32" else 2 * layout.group)
     columns = BLOCK + unit  # one block of moments, and a part of one
-    return [Feedback(1, columns, None, False), Feedback(37, columns, BLOCK, True),
-            Feedback(SEVERAL_THREADS // BLOCK, columns, BLOCK, False)]
+    return [{"rows": rows, "columns": columns, "block": block, "is_pair": is_pair}
+            for rows, block, is_pair in
+            ((1, None, False), (37, BLOCK, True), (SEVERAL_THREADS // BLOCK, BLOCK, False))]
 
 
 CASES: dict[str, Callable[[Format], list]] = {
@@ -125,24 +81,25 @@ CASES: dict[str, Callable[[Format], list]] = {
 }
 
 
-def check_blocks(run: Callable[..., None], case: Blocks, packed_format: Format,
-                 dtype: torch.dtype, device: torch.device):
-    """Checks "pack_blocks" in one case; see `validation.check`."""
-    grid, generator = _grid(packed_format), torch.Generator().manual_seed(case.blocks)
-    values = _random_values(case.blocks, grid.length, -16, generator).to(device)
-    if case.weighted:
+def check_blocks(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                 device: torch.device, blocks: int, weighted: bool, emphasis: bool):
+    """Checks "pack_blocks" in one case; see `validation.check`. weighted: whether errors have
+    weights. emphasis: whether errors of large values count more."""
+    grid, generator = _grid(packed_format), torch.Generator().manual_seed(blocks)
+    values = _random_values(blocks, grid.length, -16, generator).to(device)
+    if weighted:
         weights = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(device)
     else:
         weights = torch.ones_like(values)
-    search_weights = weights if case.weighted else None
-    padded = vars(Fit.empty(grid, case.blocks + 1, device))
+    search_weights = weights if weighted else None
+    padded = vars(Fit.empty(grid, blocks + 1, device))
     parts: dict[str, Any] = {name: None if part is None else part.fill_(CANARY)[:-1]
                              for name, part in padded.items()}
     result = Fit(**parts)
-    run(packed_format, values, search_weights, result, *EFFORT, case.emphasis)
+    run(packed_format, values, search_weights, result, *EFFORT, emphasis)
     if any(part is not None and (part[-1] != CANARY).any() for part in padded.values()):
         raise WrongResult("the kernel wrote outside its blocks")
-    expected = Search(grid, device).fit(values, search_weights, *EFFORT, case.emphasis)
+    expected = Search(grid, device).fit(values, search_weights, *EFFORT, emphasis)
     sizes = (weights * values.square()).sum(-1).clamp(min=1e-30)
     errors = []
     for fit in (result, expected):
@@ -153,18 +110,18 @@ def check_blocks(run: Callable[..., None], case: Blocks, packed_format: Format,
     # These errors are without emphasis, so they may differ more where a search had it.
     kernel_error, reference_error = errors
     _compare(kernel_error, reference_error,
-             EMPHASIS_TOLERANCE if case.emphasis else BLOCK_TOLERANCE)
+             EMPHASIS_TOLERANCE if emphasis else BLOCK_TOLERANCE)
 
 
-def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
-                  dtype: torch.dtype, device: torch.device):
+def check_columns(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                  device: torch.device, rows: int, columns: int):
     """Checks "pack_columns" in one case; see `validation.check`.
 
     First with a search for the scales, then with the scales that the reference has chosen.
     """
-    grid, generator = _grid(packed_format), torch.Generator().manual_seed(case.rows)
-    search, columns = Search(grid, device), case.columns
-    values = _random_values(case.rows, columns, -6, generator).T.contiguous().to(device)
+    grid, generator = _grid(packed_format), torch.Generator().manual_seed(rows)
+    search = Search(grid, device)
+    values = _random_values(rows, columns, -6, generator).T.contiguous().to(device)
     shares = (torch.randn(columns, columns, generator=generator, dtype=torch.float32) /
               (4 * columns ** 0.5)).to(device)
     weights = (0.1 + torch.rand(columns, generator=generator, dtype=torch.float32)).to(device)
@@ -177,7 +134,7 @@ def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
         for choose in choosers:
             padded = Columns.like(
                 grid,
-                torch.empty(columns + grid.length, case.rows, dtype=torch.float32, device=device))
+                torch.empty(columns + grid.length, rows, dtype=torch.float32, device=device))
             for part, start_part in zip(padded.parts(), start.parts()):
                 part.fill_(CANARY)[:len(start_part)] = start_part
             residuals = torch.cat([inputs, torch.full_like(inputs[:1], CANARY)])
@@ -204,18 +161,18 @@ def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
         start = results[0]
 
 
-def check_rows(run: Callable[..., None], case: Encoded, packed_format: Format, dtype: torch.dtype,
-               device: torch.device):
-    """Checks "pack_rows" in one case; see `validation.check`.
+def check_rows(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+               device: torch.device, rows: int, columns: int, tries: int):
+    """Checks "pack_rows" in one case, with so many scales; see `validation.check`.
 
     Scales that are about equally good may differ, codes of the same scale may not.
     """
-    generator = torch.Generator().manual_seed(case.rows)
-    values = _random_values(case.rows, case.columns, -12, generator).to(device, dtype)
+    generator = torch.Generator().manual_seed(rows)
+    values = _random_values(rows, columns, -12, generator).to(device, dtype)
     # some hold all values of a group, some clip the largest
-    shrinks = tuple(1 + (step - case.tries // 3) / 8 for step in reversed(range(case.tries)))
-    encoder = _encoder(_row_format(packed_format), case.columns, shrinks, values, case.rows == 1)
-    result, expected = _encoded(encoder, case.rows, device), _encoded(encoder, case.rows, device)
+    shrinks = tuple(1 + (step - tries // 3) / 8 for step in reversed(range(tries)))
+    encoder = _encoder(_row_format(packed_format), columns, shrinks, values, rows == 1)
+    result, expected = _encoded(encoder, rows, device), _encoded(encoder, rows, device)
     _run_inside(result, lambda inside: run(encoder, values, inside))
     _run_inside(expected, lambda inside: encoder.encode(values, inside))
     if result.row_scale is not None and (result.row_scale != expected.row_scale).any():
@@ -223,35 +180,37 @@ def check_rows(run: Callable[..., None], case: Encoded, packed_format: Format, d
     differs = (result.codes != expected.codes).view(*expected.scale.shape, -1).any(-1)
     if (differs & (result.scale == expected.scale)).any():
         raise WrongResult("codes differ from the reference's, of the same scale")
-    errors = [(_values_of(encoder, encoded.rows(slice(case.rows))) - values.float())
+    errors = [(_values_of(encoder, encoded.rows(slice(rows))) - values.float())
               .double().square().sum(-1) for encoded in (result, expected)]
     if not (errors[0] <= BEST_TOLERANCE * errors[1]).all():
         raise WrongResult("the scales are worse than the reference's")
 
 
-def check_row_columns(run: Callable[..., None], case: Feedback, packed_format: Format,
-                      dtype: torch.dtype, device: torch.device):
-    """Checks "pack_row_columns" in one case; see `validation.check`."""
-    generator = torch.Generator().manual_seed(case.rows)
-    values = _random_values(case.rows, case.columns, -6, generator).to(device, dtype)
-    encoder = _encoder(_row_format(packed_format), case.columns, (1, 0.875, 0.75, 1.25), values,
+def check_row_columns(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                      device: torch.device, rows: int, columns: int, block: int | None,
+                      is_pair: bool):
+    """Checks "pack_row_columns" in one case; see `validation.check`. block: columns of a block of
+    moments, None for all. is_pair: whether the moments are of a pair."""
+    generator = torch.Generator().manual_seed(rows)
+    values = _random_values(rows, columns, -6, generator).to(device, dtype)
+    encoder = _encoder(_row_format(packed_format), columns, (1, 0.875, 0.75, 1.25), values,
                        True)
-    tokens = torch.randn((TOKENS, case.columns), generator=generator, dtype=torch.float32)
+    tokens = torch.randn((TOKENS, columns), generator=generator, dtype=torch.float32)
     tokens += tokens[:, :1]  # so that columns correlate
-    moments = SecondMoments.zeros(case.columns, case.block, device, case.is_pair)
+    moments = SecondMoments.zeros(columns, block, device, is_pair)
     dense = tokens + 0.1 * torch.randn(tokens.shape, generator=generator, dtype=torch.float32)
-    moments.add(tokens.to(device), dense.to(device) if case.is_pair else None, hold_out=False)
+    moments.add(tokens.to(device), dense.to(device) if is_pair else None, hold_out=False)
     moments = in_basis(moments, encoder)
     losses = []
     for choose in (run, choose_codes):
-        encoded = _encoded(encoder, case.rows, device)
-        encoder.encode(values, encoded.rows(slice(case.rows)))
-        loss, size = values.new_zeros((2, case.rows), dtype=torch.float64)
+        encoded = _encoded(encoder, rows, device)
+        encoder.encode(values, encoded.rows(slice(rows)))
+        loss, size = values.new_zeros((2, rows), dtype=torch.float64)
         for index, span in enumerate(moments.spans()):
             damped = DampedHessian(moments, index, device)
             _run_inside(encoded, lambda inside, span=span, damped=damped: choose(
                 encoder, values, inside, span, damped))
-            inside = encoded.rows(slice(case.rows))
+            inside = encoded.rows(slice(rows))
             target = target_of(encoder, values, inside, span, damped)
             chosen = encoder.basis(_values_of(encoder, inside)[:, span])
             if inside.row_scale is not None:

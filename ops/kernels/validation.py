@@ -9,7 +9,7 @@ import itertools
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,133 +40,44 @@ ATTENTION_ERROR = 3e-5  # of the shares: scores of up to 100 are rounded, and so
 CANARY = 7.0  # surrounds the memory that a kernel may write
 
 
-@dataclass(frozen=True)
-class DequantizeCase:
-    """A case of "dequantize".
-
-    Attributes:
-        blocks: Of the weight.
-        first: The first block to dequantise.
-        omitted: Values at the end of the last block that are not requested.
-        packed_offset: How many elements behind an aligned address the weight's tensors are.
-        out_offset: How many elements behind an aligned address the output is.
-        padding: Elements behind each row of the output, which has a pitch then.
-    """
-    blocks: int
-    first: int = 0
-    omitted: int = 0
-    packed_offset: int = 0
-    out_offset: int = 0
-    padding: int = 0
-
-
-@dataclass(frozen=True)
-class LinearCase:
-    """A case of "linear".
-
-    Attributes:
-        tokens: Rows of the input.
-        values: Of the weight, at least.
-        columns: Of the weight, at least; of formats of rows always theirs.
-        addend: "none", "bias" or "matrix", whose strides are odd.
-        packed_offset: As in `DequantizeCase`.
-        input_offset: How many elements behind an aligned address the input is.
-    """
-    tokens: int
-    values: int
-    columns: int
-    addend: str
-    packed_offset: int = 0
-    input_offset: int = 0
-
-
-@dataclass(frozen=True)
-class Int8RowsCase:
-    """A case of "int8_rows".
-
-    Attributes:
-        values: Of the weight, at least.
-        columns: Of the weight, at least.
-        first: The first row to encode.
-        packed_offset: As in `DequantizeCase`.
-    """
-    values: int
-    columns: int
-    first: int = 0
-    packed_offset: int = 0
-
-
-@dataclass(frozen=True)
-class MatrixCase:
-    """A case of "int8_tokens" or "add_rounded": the shape of the input, and an offset as in
-    `LinearCase`."""
-    rows: int
-    columns: int
-    input_offset: int = 0
-
-
-@dataclass(frozen=True)
-class ChannelsLastCase:
-    """A case of "channels_last": the weight's dtype and shape, and offsets as in
-    `DequantizeCase`."""
-    dtype: torch.dtype
-    rows: int
-    channels: int
-    taps: int
-    packed_offset: int = 0
-    out_offset: int = 0
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """A case of "attention".
-
-    Attributes:
-        sizes: batch, heads, heads of the keys, queries, keys, their width, width of the values.
-        mask: "none", "keys" (one for all queries) or "scores", some of them -inf, all in one row.
-        offset: How many elements behind an aligned address the tensors are.
-    """
-    sizes: tuple[int, int, int, int, int, int, int]
-    mask: str = "none"
-    offset: int = 0
-
-
-def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
-    """Returns the cases in which a kernel is checked, small ones first."""
+def cases_of(kernel: Kernel, packed_format: Format | None) -> list[dict[str, Any]]:
+    """Returns the cases in which a kernel is checked, small ones first: the last arguments of its
+    check."""
     if kernel.capability == "int8_tokens":
         return [
-            MatrixCase(1, NARROW),
-            MatrixCase(7, 3 * int8_codes.GROUP, 1),
-            MatrixCase(MANY // WIDE, WIDE),
+            {"rows": 1, "columns": NARROW},
+            {"rows": 7, "columns": 3 * int8_codes.GROUP, "offset": 1},
+            {"rows": MANY // WIDE, "columns": WIDE},
         ]
     if kernel.capability == "channels_last":
-        sizes = ((3, 4, 9, 1, 1), (1, 67, 1, 1), (2, 45, 25), (2, 5, 100),
-                 (MANY // (NARROW * 9), NARROW, 9))
-        return [ChannelsLastCase(dtype, *size) for size in sizes
-                for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+        sizes = (((3, 4, 9), 1, 1), ((1, 67, 1), 1, 0), ((2, 45, 25), 0, 0), ((2, 5, 100), 0, 0),
+                 ((MANY // (NARROW * 9), NARROW, 9), 0, 0))
+        return [{"source": source, "shape": shape, "packed_offset": packed_offset,
+                 "out_offset": out_offset} for shape, packed_offset, out_offset in sizes
+                for source in (torch.float32, torch.float16, torch.bfloat16)]
     if kernel.capability == "add_rounded":
-        return [MatrixCase(1, 1), MatrixCase(3, 37, 1), MatrixCase(8, 512, 8),
-                MatrixCase(MANY // WIDE, WIDE)]
+        return [{"rows": 1, "columns": 1}, {"rows": 3, "columns": 37, "offset": 1},
+                {"rows": 8, "columns": 512, "offset": 8}, {"rows": MANY // WIDE, "columns": WIDE}]
     if kernel.capability == "attention":
         return [
-            AttentionCase((1, 1, 1, 1, 1, 1, 1), offset=1),
-            AttentionCase((2, 1, 1, 5, 7, 9, 17), "keys", 1),
-            AttentionCase((2, 6, 2, 13, 77, 40, 40), "scores"),
-            AttentionCase((1, 2, 2, 101, 130, 128, 128), "none", 1),  # several blocks of queries
-            AttentionCase((1, 1, 1, 19, 1093, 80, 72), "scores"),  # several chunks of keys
-            AttentionCase((1, 2, 2, 21, 600, 512, 512)),
+            {"sizes": (1, 1, 1, 1, 1, 1, 1), "offset": 1},
+            {"sizes": (2, 1, 1, 5, 7, 9, 17), "masked": "keys", "offset": 1},
+            {"sizes": (2, 6, 2, 13, 77, 40, 40), "masked": "scores"},
+            {"sizes": (1, 2, 2, 101, 130, 128, 128), "offset": 1},  # several blocks of queries
+            {"sizes": (1, 1, 1, 19, 1093, 80, 72), "masked": "scores"},  # several chunks of keys
+            {"sizes": (1, 2, 2, 21, 600, 512, 512)},
         ]
     assert packed_format is not None
     if kernel.capability == "dequantize":
         length = packed_format.block_length
         many = -(-MANY // length) + 3
         return [
-            DequantizeCase(5, 3, 0, 1, 1),
-            DequantizeCase(5, 1, 8 % length, 2),
-            DequantizeCase(5, 2, 16 % length, 4),
-            DequantizeCase(5, 0, 3 % length, 0, 1),
-            DequantizeCase(many),
-            DequantizeCase(many, 1, 8 % length, 1),
+            {"blocks": 5, "first": 3, "packed_offset": 1, "out_offset": 1},
+            {"blocks": 5, "first": 1, "omitted": 8 % length, "packed_offset": 2},
+            {"blocks": 5, "first": 2, "omitted": 16 % length, "packed_offset": 4},
+            {"blocks": 5, "omitted": 3 % length, "out_offset": 1},
+            {"blocks": many},
+            {"blocks": many, "first": 1, "omitted": 8 % length, "packed_offset": 1},
             *(_pitched_cases(packed_format) if kernel.takes_pitch else []),
         ]
     if kernel.capability == "linear":
@@ -174,32 +85,33 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
         last = min(kernel.min_tokens + TILE_TOKENS - 1, kernel.max_tokens or MAX_TOKENS)
         few = itertools.product(range(kernel.min_tokens, last + 1), (("none", 0), ("matrix", 1)))
         many = itertools.product(limits, (("none", 0), ("bias", 0), ("matrix", 4)))
-        small = [LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
-                 for tokens, (addend, input_offset) in few]
+        small = [{"tokens": tokens, "values": FEW, "columns": NARROW, "added": added,
+                  "packed_offset": 1, "input_offset": input_offset}
+                 for tokens, (added, input_offset) in few]
         large = [
-            *(LinearCase(tokens, MANY, WIDE, addend, packed_offset)
-              for tokens, (addend, packed_offset) in many),
-            *(LinearCase(tokens, 4 * MANY, 2 * WIDE, "none") for tokens in limits),
+            *({"tokens": tokens, "values": MANY, "columns": WIDE, "added": added,
+               "packed_offset": packed_offset} for tokens, (added, packed_offset) in many),
+            *({"tokens": tokens, "values": 4 * MANY, "columns": 2 * WIDE} for tokens in limits),
         ]
         if not isinstance(packed_format, RowFormat):
             return small + large
         return large if packed_format.block_length >= WIDE else small
     if kernel.capability == "int8_rows":
         return [
-            Int8RowsCase(FEW, NARROW, 1),
-            Int8RowsCase(FEW, NARROW, 2, 1),
-            Int8RowsCase(MANY, WIDE, 0, 4)
+            {"values": FEW, "columns": NARROW, "first": 1},
+            {"values": FEW, "columns": NARROW, "first": 2, "packed_offset": 1},
+            {"values": MANY, "columns": WIDE, "packed_offset": 4}
         ]
     return quantize_validation.CASES[kernel.capability](packed_format)
 
 
-def _pitched_cases(packed_format: Format) -> list[DequantizeCase]:
+def _pitched_cases(packed_format: Format) -> list[dict[str, int]]:
     columns = _pitched_columns(packed_format)
     if columns % PITCHED_MULTIPLE:
         return []
     row = columns // packed_format.block_length  # in blocks
-    return [DequantizeCase(4 * row, row, packed_offset=1, padding=24),
-            DequantizeCase(-(-MANY // columns) * row, padding=8)]
+    return [{"blocks": 4 * row, "first": row, "packed_offset": 1, "padding": 24},
+            {"blocks": -(-MANY // columns) * row, "padding": 8}]
 
 
 def _pitched_columns(packed_format: Format) -> int:
@@ -236,7 +148,7 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
     for example in _examples(kernel, packed_format)[:count]:
         for case in cases_of(kernel, example)[:count]:
             try:
-                check_case(kernel.run, case, example, dtype, device)
+                check_case(kernel.run, example, dtype, device, **case)
             except WrongResult as error:
                 where = f" of {example}" if example else ""
                 raise WrongResult(f"{error} in the case {case}{where}") from None
@@ -278,37 +190,46 @@ def probe(dequantize: Callable[..., None], device: torch.device):
         raise WrongResult("a block of zeros was dequantized to other values")
 
 
-def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: Format,
-                      dtype: torch.dtype, device: torch.device):
-    tensors = random_tensors(packed_format, case.blocks, device)
-    stop = case.blocks * packed_format.block_length - case.omitted
-    count = stop - case.first * packed_format.block_length
+def _check_dequantize(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                      device: torch.device, blocks: int, first: int = 0, omitted: int = 0,
+                      packed_offset: int = 0, out_offset: int = 0, padding: int = 0):
+    """Checks "dequantize" from block `first` on.
+
+    Args:
+        omitted: Values at the end of the last block that are not requested.
+        packed_offset: How many elements behind an aligned address the weight's tensors are. The
+            other offsets mean the same.
+        padding: Elements behind each row of the output, which has a pitch then.
+    """
+    tensors = random_tensors(packed_format, blocks, device)
+    stop = blocks * packed_format.block_length - omitted
+    count = stop - first * packed_format.block_length
     if any(base.__name__ == "Codebook4Bit" for base in type(packed_format).__mro__):
         tensors[0] = tensors[0][:-(-stop // 2)]  # the last block of these formats may be short
     expected = torch.empty(count, dtype=dtype, device=device)
-    packed_format.dequantize_into(tensors, expected, case.first)
-    packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
-    if case.padding:
+    packed_format.dequantize_into(tensors, expected, first)
+    packed = [misaligned_copy(tensor, packed_offset) for tensor in tensors]
+    if padding:
         expected = expected.view(-1, _pitched_columns(packed_format))
-    _check_bits(expected, case.out_offset,
-                lambda result: run(packed_format, packed, result, case.first), case.padding)
+    _check_bits(expected, out_offset,
+                lambda result: run(packed_format, packed, result, first), padding)
 
 
-def _check_channels_last(run: Callable[..., None], case: ChannelsLastCase, packed_format: None,
-                         dtype: torch.dtype, device: torch.device):
-    generator = torch.Generator().manual_seed(case.rows)
-    values = torch.randn((case.rows, case.channels, case.taps), generator=generator,
-                         dtype=torch.float32).to(device, case.dtype)
+def _check_channels_last(run: Callable[..., None], packed_format: None, dtype: torch.dtype,
+                         device: torch.device, source: torch.dtype, shape: tuple[int, int, int],
+                         packed_offset: int, out_offset: int):
+    generator = torch.Generator().manual_seed(shape[0])
+    values = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, source)
     values[0, 0, 0], values[0, 1, -1] = torch.nan, torch.inf
     expected = values.to(dtype).transpose(1, 2).contiguous()
-    values = misaligned_copy(values, case.packed_offset)
-    _check_bits(expected, case.out_offset, lambda result: run(values, result))
+    values = misaligned_copy(values, packed_offset)
+    _check_bits(expected, out_offset, lambda result: run(values, result))
 
 
-def _check_add_rounded(run: Callable[..., None], case: MatrixCase, packed_format: None,
-                       dtype: torch.dtype, device: torch.device):
-    generator = torch.Generator().manual_seed(case.rows)
-    shape, limits = (case.rows, case.columns), torch.finfo(dtype)
+def _check_add_rounded(run: Callable[..., None], packed_format: None, dtype: torch.dtype,
+                       device: torch.device, rows: int, columns: int, offset: int = 0):
+    generator = torch.Generator().manual_seed(rows)
+    shape, limits = (rows, columns), torch.finfo(dtype)
     value, change = (torch.randn(shape, generator=generator, dtype=torch.float32)
                      for _ in range(2))
     if value.numel() > 1:
@@ -317,10 +238,9 @@ def _check_add_rounded(run: Callable[..., None], case: MatrixCase, packed_format
             [torch.nan, torch.inf, limits.max, -limits.max], dtype=torch.float32)
     value = value.to(device, dtype)
     change = (change * value.float().abs().cpu().nan_to_num(1) / 100).to(device, dtype)
-    change = misaligned_copy(change, case.input_offset)
+    change = misaligned_copy(change, offset)
     expected = stochastic_rounding.stochastic_round(value.float() + change, dtype)
-    _check_bits(expected, case.input_offset,
-                lambda result: run(result.copy_(value), change))
+    _check_bits(expected, offset, lambda result: run(result.copy_(value), change))
 
 
 def _check_bits(expected: torch.Tensor, out_offset: int,
@@ -347,25 +267,28 @@ def _check_bits(expected: torch.Tensor, out_offset: int,
         raise WrongResult("the kernel wrote outside its output")
 
 
-def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: Format,
-                  dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, packed_format)
+def _check_linear(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                  device: torch.device, tokens: int, values: int, columns: int,
+                  added: str = "none", packed_offset: int = 0, input_offset: int = 0):
+    """Checks "linear". added: "none", "bias" or "matrix", whose strides are odd. values, columns:
+    as in `_shape`."""
+    rows, columns = _shape(values, columns, packed_format)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
-    generator = torch.Generator().manual_seed(case.tokens)
+    generator = torch.Generator().manual_seed(tokens)
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
 
-    input = random(case.tokens, columns)
+    input = random(tokens, columns)
     addend = None
-    if case.addend == "bias":
-        addend = random(rows).expand(case.tokens, rows)
-    elif case.addend == "matrix":
-        addend = random(rows, case.tokens).t()
-    result = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
-    packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
-    run(packed_format, packed, misaligned_copy(input, case.input_offset), addend, result)
+    if added == "bias":
+        addend = random(rows).expand(tokens, rows)
+    elif added == "matrix":
+        addend = random(rows, tokens).t()
+    result = torch.full((tokens, rows), torch.nan, dtype=dtype, device=device)
+    packed = [misaligned_copy(tensor, packed_offset) for tensor in tensors]
+    run(packed_format, packed, misaligned_copy(input, input_offset), addend, result)
     weight = packed_format.dequantize_into(tensors,
                                            input.new_empty((rows, columns), dtype=torch.float32))
     error = _product_error(input, weight, addend, result)
@@ -375,21 +298,24 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: For
         raise WrongResult(f"the error of a product is {error:.3g} times what rounding allows")
 
 
-def _check_attention(run: Callable[..., None], case: AttentionCase, packed_format: None,
-                     dtype: torch.dtype, device: torch.device):
-    batch, heads, key_heads, queries, keys, width, value_width = case.sizes
+def _check_attention(run: Callable[..., None], packed_format: None, dtype: torch.dtype,
+                     device: torch.device, sizes: tuple[int, int, int, int, int, int, int],
+                     masked: str = "none", offset: int = 0):
+    """Checks "attention". masked: "none", "keys" (one mask for all queries) or "scores", some of
+    them -inf, all in one row."""
+    batch, heads, key_heads, queries, keys, width, value_width = sizes
     generator = torch.Generator().manual_seed(keys)
 
     def random(heads: int, tokens: int, width: int) -> torch.Tensor:
         values = torch.randn((batch, tokens, heads, width), generator=generator,
                              dtype=torch.float32)
-        return misaligned_copy(values.to(device, dtype), case.offset).transpose(1, 2)
+        return misaligned_copy(values.to(device, dtype), offset).transpose(1, 2)
 
     query, key = random(heads, queries, width), random(key_heads, keys, width)
     value, mask, scale = random(key_heads, keys, value_width), None, 2 * width**-0.5
     query[:, :, 0] *= 30  # sharp
-    if case.mask != "none":
-        shape = (batch, 1, 1, keys) if case.mask == "keys" else (1, heads, queries, keys)
+    if masked != "none":
+        shape = (batch, 1, 1, keys) if masked == "keys" else (1, heads, queries, keys)
         mask = torch.randn(shape, generator=generator, dtype=torch.float32)
         mask[mask > 1] = -torch.inf
         mask[:, :, -1] = -torch.inf
@@ -415,28 +341,28 @@ def _check_attention(run: Callable[..., None], case: AttentionCase, packed_forma
         raise WrongResult("an undefined value became a number")
 
 
-def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: Format,
-                     dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, packed_format, int8_codes.GROUP)
-    first = case.first * columns // packed_format.block_length
+def _check_int8_rows(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
+                     device: torch.device, values: int, columns: int, first: int = 0,
+                     packed_offset: int = 0):
+    rows, columns = _shape(values, columns, packed_format, int8_codes.GROUP)
+    block = first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
-    values = torch.empty((rows - case.first, columns), dtype=torch.float32, device=device)
-    packed_format.dequantize_into(tensors, values, first)
-    packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
-    _check_codes(values, lambda *out: run(packed_format, packed, *out, first))
+    dense = torch.empty((rows - first, columns), dtype=torch.float32, device=device)
+    packed_format.dequantize_into(tensors, dense, block)
+    packed = [misaligned_copy(tensor, packed_offset) for tensor in tensors]
+    _check_codes(dense, lambda *out: run(packed_format, packed, *out, block))
 
 
-def _check_int8_tokens(run: Callable[..., None], case: MatrixCase, packed_format: None,
-                       dtype: torch.dtype, device: torch.device):
-    columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
-    generator = torch.Generator().manual_seed(case.rows)
-    input = torch.randn((case.rows, columns), generator=generator,
-                        dtype=torch.float32).to(device, dtype)
+def _check_int8_tokens(run: Callable[..., None], packed_format: None, dtype: torch.dtype,
+                       device: torch.device, rows: int, columns: int, offset: int = 0):
+    columns = -(-columns // int8_codes.GROUP) * int8_codes.GROUP
+    generator = torch.Generator().manual_seed(rows)
+    input = torch.randn((rows, columns), generator=generator, dtype=torch.float32).to(device, dtype)
     input[:, 5] *= 50
-    if case.rows > 3:
+    if rows > 3:
         input[1], input[2, -3], input[3, -3] = 0, torch.nan, torch.inf
-    input = misaligned_copy(input, case.input_offset)
+    input = misaligned_copy(input, offset)
     _check_codes(input.float(), lambda *out: run(input, *out))
 
 
@@ -469,14 +395,15 @@ def _check_codes(values: torch.Tensor, encode: Callable[[torch.Tensor, torch.Ten
                           f"{0.5 + NEAR_TIE},")
 
 
-def _shape(case: LinearCase | Int8RowsCase, packed_format: Format,
+def _shape(values: int, columns: int, packed_format: Format,
            multiple: int = 1) -> tuple[int, int]:
-    """Returns rows and columns of a weight, the columns a multiple of `multiple`."""
+    """Returns rows and columns of a weight of at least so many values and columns, the columns a
+    multiple of `multiple`; of formats of rows always theirs."""
     multiple = math.lcm(packed_format.block_length, multiple)
-    columns = -(-case.columns // multiple) * multiple
+    columns = -(-columns // multiple) * multiple
     if isinstance(packed_format, RowFormat):
         columns = packed_format.block_length
-    return max(ROWS, case.values // columns), columns
+    return max(ROWS, values // columns), columns
 
 
 def _product_error(input: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None,
