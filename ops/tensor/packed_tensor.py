@@ -358,24 +358,8 @@ def _refusing_method(name: str, action: str, instead: str) -> Callable:
     return method
 
 
-_OPERATORS = (
-    "add",
-    "and",
-    "div",
-    "floordiv",
-    "lshift",
-    "mod",
-    "mul",
-    "or",
-    "pow",
-    "rshift",
-    "sub",
-    "truediv",
-    "xor",
-)
 _IN_PLACE = {
-    *(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")),
-    *(f"__i{operator}__" for operator in _OPERATORS),
+    name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")
 } - {"copy_", "detach_", "requires_grad_"}
 for _name in _IN_PLACE:
     setattr(PackedTensor, _name, _refusing_method(_name, "would write to", _TO_WRITE))
