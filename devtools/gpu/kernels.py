@@ -1,4 +1,5 @@
 """Whether the kernels are right on the device and faster than torch, and their tests."""
+import collections
 import os
 import re
 import subprocess
@@ -36,15 +37,15 @@ def try_all(options):
     decider = kernels._decider(device())
     for cases in turns(options.formats, options.quick):
         for case in cases:
-            known = {name for names in decider.summary().values() for name in names}
+            known = set(decider._lines)
             kernels.decide(device(), [(case.capability, FORMATS[str(case.layout)], case.dtype)])
             why = (decider.find(case) or Decision((), "open")).why
-            for verdict, names in decider.summary().items():
-                for name in sorted(set(names) - known):
-                    yield name, {"verdict": verdict, "of torch's time": share_of_torch(case),
-                                 "why": re.sub(r"[|\n]", " ", why)[:200]}
-    counts = {verdict: str(len(names)) for verdict, names in decider.summary().items()}
-    yield "in all", counts or {"kernels": "none"}
+            for name in sorted(decider._lines.keys() - known):
+                yield name, {"verdict": decider._lines[name]["verdict"],
+                             "of torch's time": share_of_torch(case),
+                             "why": re.sub(r"[|\n]", " ", why)[:200]}
+    counts = collections.Counter(line["verdict"] for line in decider._lines.values())
+    yield "in all", {verdict: str(n) for verdict, n in counts.items()} or {"kernels": "none"}
 
 
 def share_of_torch(case: Case) -> str:

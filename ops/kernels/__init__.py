@@ -8,9 +8,8 @@ dtype, device) is decided before the step that needs it, while a model loads (`d
 decided as long as the process runs: a model gives the same picture, bit for bit, all that time.
 GPUs' kernels are checked in another process, the others in this one. Verdicts are kept for each
 driver, torch and compiler (`verdicts`). A step that needs a case that is not decided has torch do
-its work, and `undecided` counts it.
+its work.
 """
-import collections
 import os
 import textwrap
 import threading
@@ -41,16 +40,13 @@ __all__ = [
     "dequantizes_with_pitch",
     "find",
     "is_off",
-    "list_backends",
     "multiplies",
-    "undecided",
     "used",
 ]
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
 
-undecided: collections.Counter[str] = collections.Counter()  # cases that were needed so
 _deciders: dict[torch.device, Decider] = {}
 _found: dict[tuple, tuple[Kernel, ...]] = {}  # kernels that are right, by what is asked for
 _creating = threading.Lock()  # held while a decider is created, which waits for no kernel
@@ -130,7 +126,6 @@ def _look_up(capability: str, device: torch.device, packed_format: Format | None
     case, decider = Case.of(capability, packed_format, dtype), _decider(device)
     decision = decider.find(case)
     if decision is None:
-        undecided[f"{case} on {device}"] += 1
         decider.meet(case)
         return ()
     return _found.setdefault((capability, device, packed_format, dtype), decision.kernels)
@@ -171,18 +166,6 @@ TITLES = {"cpp": "CPU kernels", "nvrtc": "NVIDIA kernels", "hiprtc": "AMD kernel
 # verdict -> why torch does a kernel's work
 WORDS = {"none": "there is no kernel", "off": "no kernel works here",
          "open": "its kernel could not be checked", "hung": "its kernel took too long"}
-
-
-def list_backends() -> dict[str, dict]:
-    """Returns what each device that has been used dequantises and multiplies with.
-
-    Returns:
-        By the names of devices: "backend", None where torch does all work; "reason", why a backend
-        does not work; "kernels", the names of kernels by their verdicts.
-    """
-    return {str(device): {"backend": decider.backend_name, "reason": decider.reason,
-                          "kernels": decider.summary()}
-            for device, decider in _deciders.items()}
 
 
 def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: torch.Tensor,

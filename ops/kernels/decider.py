@@ -234,10 +234,3 @@ class Decider:
     def backend_name(self) -> str | None:
         """Name of the backend in use, None where torch does the work."""
         return None if self._backend is None else self._backend.name
-
-    def summary(self) -> dict[str, list[str]]:
-        """Returns the names of kernels by their verdicts."""
-        found: dict[str, list[str]] = {}
-        for name, line in list(self._lines.items()):
-            found.setdefault(line["verdict"], []).append(name)
-        return found

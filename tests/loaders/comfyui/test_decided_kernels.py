@@ -12,6 +12,7 @@ from hooked import run_hooked
 from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched, tiny_flux
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 from torch_kernels import unchecked_kernels
+from user_kernels import undecided
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.compute_dtype import DTYPE_FLAGS
@@ -41,7 +42,7 @@ def deciding_in_loads_alone():
         patch.setattr(kernels, "decide", lambda device, needed, *room: (
             decide(device, needed, *room) if room else None))
         yield
-    assert kernels._found and not kernels.undecided
+    assert kernels._found and not undecided
 
 
 def step(patcher, arguments=None):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_cases import decide_on_demand
 from torch_kernels import RIGHT, add_rounded, attention, dequantize, multiply, transpose
-from user_kernels import forget_decisions
+from user_kernels import forget_decisions, undecided, verdicts_on
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import kernels
@@ -387,8 +387,8 @@ def test_a_backend_that_does_not_work_is_named_once_with_the_reason(use, caplog)
     (line,) = [record.message for record in caplog.records]
     assert line == ("[Featherweight] Packed weights on cpu use torch, because no kernel works there"
                     " (broken: no driver).")
-    assert kernels.list_backends() == {
-        "cpu": {"backend": None, "reason": "broken: no driver", "kernels": {}}}
+    found = kernels._deciders[CPU]
+    assert (found.backend_name, found.reason, verdicts_on(CPU)) == (None, "broken: no driver", [])
 
 
 @pytest.mark.parametrize(("setting", "is_used"), [
@@ -440,14 +440,13 @@ def test_a_step_decides_nothing_and_what_it_needed_stays_torchs_but_for_the_refe
     in_a_step(kernel("dequantize", dequantize), kernel("linear", multiply))
     needed = [("dequantize", Q4_0, torch.float32), ("linear", Q4_0, torch.float32)]
     assert find("dequantize") is None and find("linear") is None
-    assert kernels.undecided == {"dequantize of Q4_0 to float32 on cpu": 1,
-                                 "linear of Q4_0 to float32 on cpu": 1}
+    assert undecided == ["dequantize of Q4_0 to float32 on cpu", "linear of Q4_0 to float32 on cpu"]
     kernels.decide(CPU, needed)  # a model that is loaded later
     assert find("dequantize") is dequantize and find("linear") is None
     in_a_step(kernel("dequantize", dequantize), kernel("linear", multiply))
     kernels.decide(CPU, needed)
     assert find("dequantize") is dequantize and find("linear") is multiply
-    assert not kernels.undecided
+    assert not undecided
 
 
 def test_what_lacked_memory_is_asked_again_at_the_next_load_and_a_product_in_the_next_process(
@@ -596,7 +595,7 @@ def test_a_file_of_countless_layouts_has_no_more_than_a_bound_checked(use, monke
     for group in range(8, 88, 8):
         packed_format = FAMILIES["SDNQ_UINT4"].of_columns(4 * group, group)
         kernels.decide(CPU, [("dequantize", packed_format, torch.float32)])
-    assert len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 3
+    assert verdicts_on(CPU).count("right") == 3
 
 
 def test_a_weight_of_another_length_needs_no_other_verdict(use):
@@ -612,7 +611,7 @@ def test_a_weight_of_another_length_needs_no_other_verdict(use):
         packed_format = FAMILIES["INT8_CONVROT"].of_columns(columns)
         assert kernels.find("dequantize", CPU, packed_format, torch.float32) is recorded
         checks, calls[:] = calls[:], []
-    assert not checks and len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 1
+    assert not checks and verdicts_on(CPU).count("right") == 1
 
 
 @pytest.mark.parametrize(

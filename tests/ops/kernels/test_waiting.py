@@ -15,7 +15,7 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
-from user_kernels import forget_decisions, put_back_host
+from user_kernels import forget_decisions, put_back_host, verdicts_on
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
@@ -92,7 +92,7 @@ def test_kernels_are_compiled_side_by_side(compiler):
         time.sleep(0.05)
     compiler.release()
     thread.join(LONG)
-    assert len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 6
+    assert verdicts_on(CPU).count("right") == 6
 
 
 @pytest.mark.parametrize("capability", [
@@ -166,7 +166,7 @@ def test_comfyui_that_is_closed_in_its_first_seconds_has_every_kernel_at_the_nex
     script = ENDS.partition("while not")[0] + closes
     subprocess.run([sys.executable, "-c", script, str(compiler.started)], timeout=LONG)
     kernels.decide(CPU, needed("Q4_K", "Q6_K"))
-    assert set(kernels.list_backends()["cpu"]["kernels"]) == {"right"}
+    assert set(verdicts_on(CPU)) == {"right"}
     for case in needed("Q4_K", "Q6_K"):
         assert kernels.used(CPU, [case[1]], case[2], case[0]) == kernels.TITLES["cpp"]
 
