@@ -20,20 +20,6 @@ SMALLEST = 1e-30  # scale in float32
 
 
 @dataclass
-class RowNumbers:
-    """The numbers of n rows.
-
-    Attributes:
-        levels: float32 (n, groups, group), the numbers of the codes.
-        units: float32 (n, groups, 1), as they are stored.
-        of_rows: float32 (n, 1, 1), by which a row's units are multiplied.
-    """
-    levels: torch.Tensor
-    units: torch.Tensor
-    of_rows: torch.Tensor
-
-
-@dataclass
 class EncodedRows:
     """The bytes of n rows.
 
@@ -47,14 +33,13 @@ class EncodedRows:
     row_scale: torch.Tensor | None
 
     @classmethod
-    def empty(cls, layout: RowLayout, rows: int, device: torch.device,
-              columns: int | None = None) -> "EncodedRows":
-        """Returns memory for some rows of the layout's columns, or of others."""
+    def empty(cls, layout: RowLayout, rows: int, device: torch.device) -> "EncodedRows":
+        """Returns memory for some rows of the layout's columns."""
         def of(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty((rows, width), dtype=dtype, device=device)
 
         has_numbers = bool(layout.row_scale) or layout.is_requantized
-        return cls(of((columns or layout.columns) * layout.codes.bits // 8, torch.uint8),
+        return cls(of(layout.columns * layout.codes.bits // 8, torch.uint8),
                    of(layout.groups, layout.scale.dtype),
                    of(1, torch.float32) if has_numbers else None)
 
@@ -113,11 +98,19 @@ class RowEncoder:
         values = self.basis(rows.float())
         if not torch.stack(values.aminmax()).isfinite().all():
             raise self.refusal(rows)
-        numbers = self.search(values)
-        self.write_codes(numbers.levels.flatten(1), out.codes)
-        self.write_scales(numbers.units.flatten(1), out.scale)
+        of_rows = self._of_rows(values)
+        groups = values.view(len(values), self.layout.groups, -1)
+        if self.layout.row_scale or self.layout.is_requantized:
+            groups = groups * inverse(of_rows)
+        if self.of_tensor and not self.layout.row_scale:
+            full = torch.full_like(groups[..., :1], self.of_tensor)
+        else:
+            full = groups.abs().amax(-1, keepdim=True)
+        levels, units = self.fit(groups, full)
+        self.write_codes(levels.flatten(1), out.codes)
+        self.write_scales(units.flatten(1), out.scale)
         if out.row_scale is not None:
-            out.row_scale.copy_(numbers.of_rows.flatten(1))
+            out.row_scale.copy_(of_rows.flatten(1))
 
     def refusal(self, rows: torch.Tensor) -> TooLargeError:
         """Returns why rows cannot be encoded whose values in the basis of the codes are not finite.
@@ -135,18 +128,6 @@ class RowEncoder:
             return rows
         rotated = rotate(rows, self.layout.rotation, self.layout.rotation_base)
         return rotated.mul_(self.layout.rotation**-0.5)
-
-    def search(self, values: torch.Tensor) -> RowNumbers:
-        """Returns the numbers of least error for values in the basis of the codes, (n, K)."""
-        of_rows = self._of_rows(values)
-        groups = values.view(len(values), self.layout.groups, -1)
-        if self.layout.row_scale or self.layout.is_requantized:
-            groups = groups * inverse(of_rows)
-        if self.of_tensor and not self.layout.row_scale:
-            full = torch.full_like(groups[..., :1], self.of_tensor)
-        else:
-            full = groups.abs().amax(-1, keepdim=True)
-        return RowNumbers(*self.fit(groups, full), of_rows)
 
     def fit(self, groups: torch.Tensor, full: torch.Tensor,
             weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
