@@ -4,7 +4,7 @@ Columns lie along the first dimension, (columns, rows), so that each step is one
 contiguous memory.
 """
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -14,20 +14,8 @@ CHUNK = 256  # about how many columns are chosen before all later ones compensat
 SWEEPS = 2  # of coordinate descent over the columns
 
 
-class Rounder(Protocol):
-    """Rounds columns (n,) whose rows have one scale each."""
-
-    def __call__(self, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the levels and the values of the nearest codes, each (n,)."""
-        ...
-
-    def value(self, levels: torch.Tensor) -> torch.Tensor:
-        """Returns the values of levels."""
-        ...
-
-
 def choose_in_order(values: torch.Tensor, shares: torch.Tensor, levels: torch.Tensor,
-                    begin: Callable[[int], Rounder], group: int, is_first: bool):
+                    begin: Callable[[int], Any], group: int, is_first: bool):
     """Chooses the codes of columns in order. Each column passes a residual on to the later ones.
 
     Args:
@@ -37,7 +25,9 @@ def choose_in_order(values: torch.Tensor, shares: torch.Tensor, levels: torch.Te
         shares: float32 (k, k). shares[i, j] times the residual of column i is added to column j,
             for all i < j.
         levels: float32 (k, n), overwritten.
-        begin: Returns the rounder of the group of columns that begins with a number.
+        begin: Returns the rounder of the group of columns that begins with a number:
+            rounder(column) returns levels and values of the nearest codes, rounder.value(levels)
+            values.
         group: Columns with one scale.
         is_first: Whether `levels` have no values yet.
     """
