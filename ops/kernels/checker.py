@@ -16,7 +16,7 @@ import torch
 
 from ...child_process import end_process, is_ending, start_process
 from ..formats._names import formats_of_key
-from .kernel import Case, Kernel, SourceError, WrongResult
+from .kernel import Case, Kernel, SourceError, WrongResult, dtype_name
 from .validation import check
 from .waiting import WAIT_INTERVAL_SECONDS, host, side_by_side, start_thread
 
@@ -144,7 +144,9 @@ class ProcessChecker:
             names = {case.kernel_name(backend, kernel): name
                      for name, (case, kernel) in waiting.items()}
             job = {"device": str(device), "backend": backend, "seconds": self._kernel_seconds,
-                   "cases": [str(case) for case, _ in waiting.values()], "kernels": [*names]}
+                   "cases": [(case.capability, case.layout, dtype_name(case.dtype))
+                             for case in dict.fromkeys(case for case, _ in waiting.values())],
+                   "kernels": [*names]}
             begun, since = "", time.monotonic()
             try:
                 self._send(job)

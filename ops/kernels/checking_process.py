@@ -41,8 +41,9 @@ class Checks:
         device = torch.device(job["device"])
         try:
             backend = self._backend(job["backend"], device)
-            for case in dict.fromkeys(filter(None, map(Case.of_text, job["cases"]))):
-                packed_format = None if case.layout is None else formats_of_key(case.layout)[0]
+            for capability, layout, dtype in job["cases"]:
+                case = Case(capability, layout, getattr(torch, dtype))
+                packed_format = None if layout is None else formats_of_key(layout)[0]
                 for kernel in case.kernels(backend, packed_format):
                     name = case.kernel_name(backend.name, kernel)
                     if name in job["kernels"]:

@@ -1,5 +1,4 @@
 """What a backend offers (`Backend`, `Kernel`) and what a layer needs (`Case`)."""
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,11 @@ from ..pickle_names import short_error_name
 ANY = "any format"
 PLAIN_LENGTH = 32  # values of a plain format that count as a block
 PITCHED_MULTIPLE = 8  # columns of rows that "dequantize" writes with a pitch
-CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
 # capabilities whose kernels have the reference's bits, and those that quantise
 EXACT = {"dequantize", "channels_last", "add_rounded"}
 QUANTIZING = {"pack_blocks", "pack_columns", "pack_rows", "pack_row_columns"}
 # what a layer needs: capability, format (None for a capability without formats), dtype
 Need = tuple[str, Format | None, torch.dtype]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 @short_error_name
@@ -160,15 +157,6 @@ class Case(NamedTuple):
     def of(cls, capability: str, packed_format: Format | None, dtype: torch.dtype) -> "Case":
         """Returns the case of a capability for a format."""
         return cls(capability, packed_format and packed_format.kernel_key, dtype)
-
-    @classmethod
-    def of_text(cls, text: str) -> "Case | None":
-        """Returns the case whose `str` a text is or begins with, None where there is none."""
-        found = CASE_TEXT.match(text)
-        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
-        if found is None or found[3] not in dtypes:
-            return None
-        return cls(found[1], None if found[2] == ANY else found[2], dtypes[found[3]])
 
     def __str__(self) -> str:
         return f"{self.capability} of {self.layout or ANY} to {dtype_name(self.dtype)}"

@@ -17,8 +17,6 @@ from featherweight.ops.kernels.verdicts import MAX_FILE_BYTES, VERDICTS, Verdict
 
 CPU = torch.device("cpu")
 DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16)
-LINEAR = Case("linear", "NF4", torch.float16)
-TOKENS = Case("int8_tokens", None, torch.float16)
 NAME = f"{DEQUANTIZE}, rows 1 to any by nvrtc"
 BACKEND = Backend("nvrtc", print, ())
 
@@ -117,24 +115,6 @@ def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     Verdicts.of_device(CPU, BACKEND).add(NAME, "wrong")
     assert known(reopened()) == {NAME: "wrong"}
-
-
-# --- cases in texts ---
-
-
-@pytest.mark.parametrize("text", [
-    "", "dequantize", "dequantize of Q4_K", "dequantize of ../Q4_K to float16",
-    f"dequantize of {'Q' * 70} to float16", "dequantize of Q4_K to load",
-    "dequantize of Q4_K to float16 and more", "dequantize of Q4 K to float16"])
-def test_a_damaged_case_counts_as_none(text):
-    assert Case.of_text(text) is None
-
-
-def test_a_case_is_the_same_after_a_journey_as_text():
-    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8)):
-        assert Case.of_text(str(case)) == case
-    assert Case.of_text(NAME) == DEQUANTIZE
-    assert str(LINEAR) == "linear of NF4 to float16"
 
 
 # --- what verdicts depend on ---
