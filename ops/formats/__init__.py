@@ -18,6 +18,5 @@ from . import (  # noqa: F401  each registers what it defines
     q2_0,
     sdnq,
     svdquant,
-    taps_first,
     ternary,
 )

@@ -1,11 +1,11 @@
 """Finds formats by name, including those that are made for a block length or a row length."""
 import re
 
-from . import bnb_4bit, column_groups
+from . import bnb_4bit
 from .base import FORMATS, Format
+from .column_groups import ColumnGroups, TapsFirst
 from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 from .row_layout import FAMILIES
-from .taps_first import TapsFirst
 
 NUMBERED = re.compile(r"(\w+?)((?:_\d+)+)")  # a name, and numbers of a format that is made of it
 
@@ -36,7 +36,7 @@ def format_named(name: str) -> Format:
         return Joined.of(("ROWS", "COLUMNS").index(match[1]), *parts)
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
-        return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)
+        return ColumnGroups.of(format_named(match[1]), columns, outer, inner)
     if match := NUMBERED.fullmatch(name):
         family, lengths = match[1], _numbers(match)
         base = FORMATS.get(family)

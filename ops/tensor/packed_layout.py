@@ -19,10 +19,10 @@ from comfy_kitchen.tensor import (
 from ..formats import plain  # the package registers every format
 from ..formats._names import format_named
 from ..formats.base import Format, FormatError
+from ..formats.column_groups import TapsFirst
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from ..formats.row_layout import RowFamily
 from ..formats.svdquant import ShiftedInput
-from ..formats.taps_first import TapsFirst
 from ..low_rank import balancing_powers
 from ..pickle_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel

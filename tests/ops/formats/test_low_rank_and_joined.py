@@ -11,11 +11,10 @@ from comfy.weight_adapter import LoRAAdapter
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.base import FORMATS, Format, FormatError
-from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.column_groups import ColumnGroups, TapsFirst
 from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, SMOOTHED
 from featherweight.ops.formats.low_rank_and_joined import Composite
 from featherweight.ops.formats.svdquant import SVDQUANT_INT4
-from featherweight.ops.formats.taps_first import TapsFirst
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.layers.comfyui_operations import packed_operations

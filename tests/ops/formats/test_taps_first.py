@@ -42,7 +42,7 @@ def test_another_process_finds_the_format_by_its_name():
     packed_format = kernel_of(*CASES[0])[0].params.format
     name = packed_format.name
     del FORMATS[name]
-    assert format_named(name).name == name and format_named(name).taps == packed_format.taps
+    assert format_named(name).name == name and format_named(name).outer == packed_format.outer
 
 
 def test_it_is_named_after_its_base_and_is_one_of_comfyuis():

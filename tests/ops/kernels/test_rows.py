@@ -22,7 +22,6 @@ from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from featherweight.ops.formats.row_layout import COLUMNS_OF_EXAMPLE, FAMILIES
 from featherweight.ops.formats.svdquant import ShiftedInput
-from featherweight.ops.formats.taps_first import TapsFirst
 from featherweight.ops.kernels import cpp_backend, cuda_backend, kernel_source, metal_backend
 from featherweight.ops.kernels.kernel import QUANTIZING, multiplies
 from featherweight.ops.kernels.runtime_compiler import GpuError
@@ -36,7 +35,7 @@ GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")
 WITHOUT_KERNEL = {
     "F16": "a cast", "BF16": "a cast", "ColumnGroups": "by its parts",
     "AddedLowRank": "by its parts", "Joined": "by its parts", "Scaled": "by its parts",
-    "ShiftedInput": "by its parts", "TapsFirst": "by its parts"}
+    "ShiftedInput": "by its parts"}
 ROTATED = [fmt for fmt in USUAL_ROWS if fmt.layout.rotation]
 UNROTATED = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation]
 
@@ -75,7 +74,7 @@ def test_every_format_of_a_file_has_a_kernel_but_for_the_named(module):
     q8_0 = FORMATS["Q8_0"]
     formats |= {type(fmt).__name__: fmt for fmt in (
         ColumnGroups.of(q8_0, 128, 2, 2), Joined.of(0, (q8_0, 1, 32), (q8_0, 1, 32)),
-        Scaled.of(q8_0, 32, False), ShiftedInput.of(q8_0), TapsFirst.of(q8_0, 4),
+        Scaled.of(q8_0, 32, False), ShiftedInput.of(q8_0),
         AddedLowRank.of(q8_0, 4, torch.float16, torch.float16, False))}
     kernels = [kernel for kernel in module.BACKEND.kernels if kernel.capability == "dequantize"]
     missing = {name for name, fmt in formats.items()
