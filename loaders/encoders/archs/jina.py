@@ -8,8 +8,11 @@ class JinaClip2(Arch):
 
     follows = "ComfyUI 0.30, comfy/text_encoders/jina_clip_2.py"
     names = {}
-    tokenizer = staticmethod(sentencepiece)
 
     @classmethod
     def recognises(cls, weights):
         return "model.encoder.layers.0.mixer.Wqkv.weight" in weights
+
+    @classmethod
+    def tokenizer(cls, weights, metadata):
+        return sentencepiece(weights, metadata)

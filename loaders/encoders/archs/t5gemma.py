@@ -10,7 +10,6 @@ class T5Gemma(Arch):
 
     follows = "transformers 5.23, models/t5gemma"
     names = {}
-    tokenizer = staticmethod(sentencepiece)
 
     @classmethod
     def recognises(cls, weights):
@@ -23,3 +22,7 @@ class T5Gemma(Arch):
             f"model.{name}": tensor for name, tensor in weights.items()
             if name.startswith("encoder.")
         }
+
+    @classmethod
+    def tokenizer(cls, weights, metadata):
+        return sentencepiece(weights, metadata)
