@@ -4,7 +4,6 @@ import functools
 import gc
 import os
 import sys
-from pathlib import Path
 from unittest import mock
 
 # tests compare with float32; those of a CPU's bfloat16 take the flag away
@@ -19,7 +18,6 @@ import folder_paths
 import linear_calls
 import processes
 import pytest
-import test_times
 import torch
 
 from devtools.host.environment import HOST_VERSION
@@ -39,8 +37,6 @@ def pytest_configure(config):
     calls = linear_calls.linear_calls(config.getoption("--linear-calls"))
     calls.__enter__()
     config.add_cleanup(lambda: calls.__exit__(None, None, None))
-    if path := config.getoption("--times"):
-        config.pluginmanager.register(test_times.FileTimes(Path(path)))
 
 
 def keep_freed_memory():
@@ -52,8 +48,6 @@ def keep_freed_memory():
 
 def pytest_addoption(parser, pluginmanager):
     pluginmanager.register(drawn_cases)
-    parser.addoption("--times", metavar="FILE",
-                     help="write seconds of processor, seconds and tests of each file of tests")
     parser.addoption("--linear-calls", choices=linear_calls.SHAPES, default="stock",
                      help="give ComfyUI's linear layers the calls of a later version")
     parser.addoption(
