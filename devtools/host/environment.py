@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devtools import ROOT
-from devtools.host.setup_progress import SetupProgress
 
 DEV = ROOT / ".dev"
 SHIM = "featherweight_cpu_torch_shim"
@@ -39,6 +38,7 @@ LLAMA_CPP_FILES = (
     r"|ggml/(src/(ggml-quants\.[ch]|ggml-common\.h|ggml-impl\.h|ggml-cpu/ggml-cpu-impl\.h)|include/.*\.h)$"
 )
 
+STEPS = ("venv", "ComfyUI", "torch", "packages", "optional", "checks")  # of the first set-up
 SIZE = "about 4.5 GB"  # of all under .dev, with a build of torch for CPUs
 BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
 
@@ -144,24 +144,29 @@ def prepare(needed: Mapping[str, str] = TESTING) -> Environment:
         print(f"Environment: {python.parent.parent} (ready)")
         return Environment(host, python)
 
-    progress = SetupProgress()
+    started = time.monotonic()
     stamp.unlink(missing_ok=True)
-    progress.begin("venv", f"Making a virtual environment in {python.parent.parent}; all of {DEV}"
-                           f" takes {SIZE}")
+    _begin("venv", f"Making a virtual environment in {python.parent.parent}; all of {DEV}"
+                   f" takes {SIZE}")
     _make_venv(python)
-    progress.begin("ComfyUI", f"Fetching ComfyUI {HOST_VERSION}")
+    _begin("ComfyUI", f"Fetching ComfyUI {HOST_VERSION}")
     if not own_host:
         fetch_tree(host, python, "", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
-    _install_packages(host, python, progress)
-    progress.begin("checks", "Checking the environment")
+    _install_packages(host, python)
+    _begin("checks", "Checking the environment")
     _install_shim(python)
     # as pip does with packages: else each server compiles it where PYTHONDONTWRITEBYTECODE is set
     if not own_host:
         subprocess.run([str(python), "-m", "compileall", "-q",
                         str(host)], stdout=subprocess.DEVNULL)
     stamp.write_text(_fingerprint(host))
-    print(f"Environment ready after {time.monotonic() - progress.started:.0f} s")
+    print(f"Environment ready after {time.monotonic() - started:.0f} s")
     return Environment(host, python)
+
+
+def _begin(step: str, text: str):
+    """Print the line of a step."""
+    print(f"[{STEPS.index(step) + 1} of {len(STEPS)}] {text}", flush=True)
 
 
 def _fingerprint(host: Path) -> str:
@@ -300,8 +305,8 @@ def fetch_chromium(python: Path):
             return
 
 
-def _install_packages(host: Path, python: Path, progress: SetupProgress):
-    progress.begin("torch", f"Installing {TORCH}")
+def _install_packages(host: Path, python: Path):
+    _begin("torch", f"Installing {TORCH}")
     pip(python, TORCH)
     ours = read(ROOT / "requirements.txt").split()
     theirs = [line.strip() for line in read(host / "requirements.txt").splitlines()]
@@ -311,10 +316,10 @@ def _install_packages(host: Path, python: Path, progress: SetupProgress):
                 if re.split(r"[^\w.-]", line, maxsplit=1)[0] not in apart]
     constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
     constraints.write_text(TORCH + "\n")
-    progress.begin("packages", "Installing the requirements of ComfyUI and of this pack"
-                               f" ({len(required + EXTRAS)} packages)")
+    _begin("packages", "Installing the requirements of ComfyUI and of this pack"
+                       f" ({len(required + EXTRAS)} packages)")
     pip(python, "--constraint", str(constraints), *required, *EXTRAS)
-    progress.begin("optional", f"Installing {len(OPTIONAL)} optional packages")
+    _begin("optional", f"Installing {len(OPTIONAL)} optional packages")
     for package in OPTIONAL:
         command = [
             str(python), "-m", "pip", "install", "--quiet", "--constraint",

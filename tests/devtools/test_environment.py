@@ -1,4 +1,4 @@
-"""The first set-up: a line for each step with the time left; of pip nothing unless it fails. A
+"""The first set-up: a line for each step; of pip nothing unless it fails. A
 Python of the user's own needs no more than a command uses. What is run ends with dev.py."""
 import os
 import re
@@ -15,41 +15,22 @@ import pytest
 from process_tree import start_interruptible
 
 from devtools import ROOT
-from devtools.host import environment, setup_progress
+from devtools.host import environment
 from devtools.host.server import HOST
 
-STEPS = list(setup_progress.SECONDS)
 
-
-@pytest.fixture
-def elapsed(monkeypatch):
-    """elapsed(seconds): so much of the set-up is over."""
-    now = 0.0
-
-    def elapsed(seconds):
-        nonlocal now
-        now = seconds
-    monkeypatch.setattr(setup_progress.time, "monotonic", lambda: now)
-    return elapsed
-
-
-def test_each_step_is_a_line_with_its_number_and_the_time_left(elapsed, capsys):
-    progress = setup_progress.SetupProgress()
-    for index, name in enumerate(STEPS):
-        elapsed(sum(list(setup_progress.SECONDS.values())[:index]))
-        progress.begin(name, f"Doing {name}")
+def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    for name in ("_make_venv", "fetch_tree", "pip", "_install_shim"):
+        monkeypatch.setattr(environment, name, lambda *arguments: None)
+    monkeypatch.setattr(environment, "DEV", tmp_path)
+    monkeypatch.setattr(environment, "OPTIONAL", [])
+    monkeypatch.setattr(environment.subprocess, "run", lambda *arguments, **options: None)
+    environment.prepare()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(STEPS)
-    for number, (name, line) in enumerate(zip(STEPS, lines), 1):
-        assert line.startswith(f"[{number} of {len(STEPS)}] Doing {name}, about ")
-    assert lines[0].endswith("about 2 min left") and lines[-1].endswith("about 10 s left")
-
-
-def test_on_a_slow_connection_the_time_left_grows(elapsed, capsys):
-    progress = setup_progress.SetupProgress()
-    elapsed(10 * sum(setup_progress.SECONDS[name] for name in ("venv", "ComfyUI", "torch")))
-    progress.begin("packages", "Installing")
-    assert capsys.readouterr().out == "[4 of 6] Installing, about 12 min left\n"
+    assert [line.partition("]")[0] for line in lines[:-1]] == [
+        f"[{number} of 6" for number in range(1, 7)]
+    assert lines[-1].startswith("Environment ready after ")
 
 
 @pytest.fixture
