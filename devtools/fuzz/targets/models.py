@@ -47,6 +47,8 @@ def model_target(folder: Path, samples: Iterable[bytes], file: str,
     Args:
         opened: returns what is opened of the file or folder of an input.
     """
+    import torch
+
     from featherweight.loaders.comfyui.quantized_weights import as_tensors, with_marks
     from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.files.open_weights import open_weights
@@ -62,8 +64,16 @@ def model_target(folder: Path, samples: Iterable[bytes], file: str,
         quantizer_of(file)
         needs_own_reader(str(path))
         tensors = file.state_dict()
-        for entry in file.entries.values():
-            assert file.tensor(entry.name).nbytes == entry.nbytes
+        contents = [Path(part).read_bytes() for part in file.paths]
+        ends = [0] * len(contents)
+        for entry in sorted(file.entries.values(), key=lambda entry: entry.offset):
+            tensor, end = file.tensor(entry.name), entry.offset + entry.nbytes
+            assert tensor.nbytes == entry.nbytes
+            if entry.nbytes:  # an empty one lies nowhere
+                assert ends[entry.part] <= entry.offset
+                stored = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                assert stored == contents[entry.part][entry.offset:end]
+                ends[entry.part] = end
         for tensor in as_tensors(file, with_marks(file, tensors)).values():
             if is_packed(tensor):
                 tensor.dequantize()
