@@ -1,24 +1,12 @@
-"""Weights of every quantiser at random widths, groups, signs, zero points and extreme codes, each
-beside the values that its writer means."""
+"""Weights of scales without a mark and of ComfyUI's formats at random widths, groups, signs, zero
+points and extreme codes, each beside the values that its writer means."""
 import json
 import random
 
 import pytest
 import torch
 from host_formats import asymmetric_parts, asymmetric_values
-from quantizer_writers import (
-    awq,
-    gptq,
-    int_quantized,
-    nvfp4,
-    pack_quantized,
-    quanto_bits,
-    quanto_bytes,
-    save_config,
-    torchao_bytes,
-    torchao_header,
-    torchao_integers,
-)
+from quantizer_writers import pack_quantized
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.open_weights import open_weights
@@ -33,13 +21,13 @@ class Case:
     """One weight at random.
 
     parts, expected: what a file holds, and its values. Of ComfyUI's formats `settings` are those of
-    the layer's comfy_quant, else `config` is that of the folder and `header` that of the file.
+    the layer's comfy_quant.
     """
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.settings, self.config, self.header, self.bias = None, {}, None, False
+        self.settings = None
 
     def sizes(self, multiple: int, most: int = 30) -> tuple[int, int]:
         return self.rng.randint(1, 40) * 8, multiple * self.rng.randint(1, most)
@@ -56,42 +44,6 @@ class Case:
         if self.rng.random() < 0.2:
             scale = -scale  # nothing forbids it
         return scale.to(dtype or self.choose(*FLOATS))
-
-
-def of_gptq(case):
-    group, bits = case.choose(32, 64, 128, 0), case.choose(*range(2, 9))
-    rows, columns = case.sizes(32)
-    less = case.choose(0, 1)
-    case.config = {"quant_method": "gptq", "bits": bits, "group_size": group or -1,
-                   "checkpoint_format": "gptq" if less else "gptq_v2"}
-    order = torch.randperm(columns, generator=case.generator) if case.choose(0, 1) else None
-    parts, expected = gptq(case.values(rows * 4, columns), bits, group, less,
-                           case.choose(False, True), order, case.choose(*FLOATS))
-    if order is None and case.choose(0, 1):
-        del parts["g_idx"]
-    return parts, expected
-
-
-def of_awq(case):
-    group = case.choose(16, 32, 64, 128)
-    rows, columns = case.sizes(group, 8)
-    return awq(case.values(rows, columns), case.choose(group, columns), case.choose(False, True))
-
-
-def of_pack_quantized(case):
-    bits, group = case.choose(*range(2, 9)), case.choose(32, 64, 128)
-    rows, columns = case.sizes(group, 8)
-    order = torch.randperm(columns, generator=case.generator) if case.choose(0, 0, 1) else None
-    group = group if order is not None else case.choose(group, columns)
-    return pack_quantized(case.values(rows, columns), bits, group, case.choose(False, True), order,
-                          case.choose(*FLOATS))
-
-
-def of_int_quantized(case):
-    group = case.choose(16, 32, 128)
-    rows, columns = case.sizes(group, 8)
-    return int_quantized(case.values(rows, columns), case.choose(group, columns),
-                         case.choose(False, True), case.choose(*FLOATS))
 
 
 def of_one_scale(case):
@@ -113,36 +65,6 @@ def of_one_packed_scale(case):
     codes = (fields.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (1 << bits) - 1
     codes = codes.view(rows, -1)[:, :columns].float() - (1 << bits - 1)
     return parts, codes * parts["weight_scale"].float().view(1, 1)
-
-
-def of_nvfp4(case):
-    return nvfp4(case.values(*case.sizes(16)))
-
-
-def of_quanto_bytes(case):
-    return quanto_bytes(case.values(*case.sizes(4, 200)), case.choose(torch.int8, *FP8),
-                        case.choose(*FLOATS))
-
-
-def of_quanto_bits(case):
-    bits, group = case.choose(2, 4), case.choose(32, 64, 128)
-    rows, columns = case.sizes(group, 8)
-    case.bias = True
-    return quanto_bits(case.values(rows, columns), bits, group, case.choose(*FLOATS))
-
-
-def of_torchao_bytes(case):
-    dtype = case.choose(torch.int8, *FP8)
-    case.header = torchao_header("Int8Tensor" if dtype == torch.int8 else "Float8Tensor")
-    return torchao_bytes(case.values(*case.sizes(4, 200)), dtype)
-
-
-def of_torchao_integers(case):
-    bits, group = case.choose(1, 2, 3, 4, 5, 6, 7, 8), case.choose(32, 64)
-    rows, columns = case.sizes(group, 8)
-    case.header = torchao_header("IntxUnpackedToInt8Tensor")
-    return torchao_integers(case.values(rows, columns), bits, case.choose(group, columns),
-                            case.choose(False, True) and bits > 1, case.choose(*FLOATS))
 
 
 # --- without a mark ---
@@ -215,14 +137,9 @@ def read(case, parts, folder):
                                             dtype=torch.uint8)}
         return pack_parts(case.settings, parts | mark)
     stored = {f"L.{name}": tensor.contiguous() for name, tensor in parts.items()}
-    if case.bias:
-        stored["L.bias"] = torch.zeros(case.rows)
     path = folder / "model.safetensors"
-    save_file(stored, path, {"L.weight": case.header} if case.header else None)
-    if case.config:
-        save_config(folder, **case.config)
-    weights = open_weights(folder if case.config else path).state_dict()
-    weights.pop("L.bias", None)
+    save_file(stored, path)
+    weights = open_weights(path).state_dict()
     assert set(weights) == {"L.weight"}
     return weights["L.weight"]
 
@@ -235,7 +152,6 @@ def test_values_are_those_that_the_writer_means(family, seeds, tmp_path):
         folder.mkdir()
         case = Case(seed)
         parts, expected = WRITERS[family](case)
-        case.rows = len(expected)
         weight = read(case, parts, folder)
         assert is_packed(weight) and weight.shape == expected.shape, seed
         error, largest = (weight.dequantize() - expected).abs().max(), expected.abs().max()

@@ -9,10 +9,10 @@ def packed(rows=96, columns=128, held=1.05, **options):
     return Written(*pack_quantized(weight(rows, columns), **options), held=held)
 
 
-def apart(symmetric):
+def apart(symmetric, bits):
     """Columns of a group lie apart."""
     order = torch.randperm(128, generator=torch.Generator().manual_seed(1))
-    return packed(held=None, symmetric=symmetric, order=order)
+    return packed(held=None, symmetric=symmetric, bits=bits, order=order)
 
 
 def unordered(symmetric):
@@ -28,13 +28,13 @@ def of_one_scale():
                             "weight_scale": parts["weight_scale"].view(1)}, values, held=None)
 
 
-def integers(symmetric=False, group=32):
-    return Written(*int_quantized(weight(96, 128), symmetric=symmetric, group=group),
+def integers(symmetric=False, group=32, shape=(96, 128), **options):
+    return Written(*int_quantized(weight(*shape), symmetric=symmetric, group=group, **options),
                    has_own_marks=not symmetric or group is not None)
 
 
-def floats():
-    return Written(*nvfp4(weight(64, 1024)))
+def floats(shape):
+    return Written(*nvfp4(weight(*shape)))
 
 
 def small_floats(shape, bits, dtype=torch.uint8, config=None, extremes=False):
@@ -52,6 +52,7 @@ def of_few_columns(bits, columns=24, group=8):
     return Written(parts, values, config=config, held=None)
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 E8M0 = [torch.uint8, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else [])]
 AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:mx_fp", "bits": 4}
 WRITERS = {
@@ -59,12 +60,16 @@ WRITERS = {
     # rows may end within a word
     **grid("a word of two rows", packed, bits=range(2, 9), rows=[90, 40], columns=[136], group=[8],
            symmetric=[False], held=[None]),
-    **grid("columns apart", apart, symmetric=[False, True]),
+    **grid("an odd width", packed, bits=[3, 4, 8], rows=[264], columns=[1088], group=[64, None],
+           symmetric=[False], dtype=FLOATS),
+    **grid("columns apart", apart, symmetric=[False, True], bits=range(2, 9)),
     **grid("columns without an order", unordered, symmetric=[False, True]),
     "one scale and zeros in bytes": of_one_scale,
     **grid("int-quantized", integers, symmetric=[False, True], group=[32, None]),
+    **grid("int-quantized of an odd width", integers, shape=[(264, 544)], group=[16, None],
+           dtype=FLOATS),
     **grid("a config says the bits", of_few_columns, bits=[7, 8]),
-    "nvfp4": floats,
+    **grid("nvfp4", floats, shape=[(64, 1024), (264, 544)]),
     **grid("mxfp", small_floats, shape=[(96, 128), (7, 352), (1, 32)], bits=[4, 6], dtype=E8M0),
     **grid("mxfp with all exponents", small_floats, shape=[(256, 1024)], bits=[4, 6],
            extremes=[True]),

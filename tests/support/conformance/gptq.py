@@ -63,13 +63,15 @@ def of_a_short_group(config, has_groups):
     return Written(parts, expected[:, :160], config=config, held=None)
 
 
-def of_awq(shape=(96, 128), symmetric=False):
-    parts, values = awq(weight(*shape), min(32, shape[1]), symmetric)
+def of_awq(shape=(96, 128), symmetric=False, group=32):
+    parts, values = awq(weight(*shape), min(group, shape[1]), symmetric)
     return Written(parts, values, held=None if shape[1] < 32 else 1.05)
 
 
 WRITERS = {
     **grid("gptq", of_gptq, bits=range(2, 9), group=[64], symmetric=[False, True], dtype=FLOATS),
+    **grid("an odd width", of_gptq, rows=[288], columns=[544], bits=[3, 8], group=[32, 0],
+           dtype=FLOATS),
     **grid("any width", of_any_width, seed=range(24)),
     **each("without a config", of_gptq, *(
         {"rows": 32, "columns": columns, "group": group, "symmetric": True, "config": None,
@@ -89,11 +91,13 @@ WRITERS = {
            config=[PLANES, {"quant_method": "gptq", "format": "gptq_p"}]),
     **grid("planes without a config", of_planes, bits=[3, 5, 6, 7], symmetric=[True],
            config=[None], columns=[128, 96]),
-    **grid("columns apart", of_apart, bits=[3, 4, 5, 7], symmetric=[False, True]),
+    **grid("columns apart", of_apart, bits=range(2, 9), symmetric=[False, True]),
     **each("a short group", of_a_short_group, {"config": V1, "has_groups": True}, *(
         {"config": config, "has_groups": False}
         for config in (AUTO_ROUND, AUTO_ROUND | {"group_size": 64}))),
     **grid("awq", of_awq, symmetric=[False, True], shape=[(96, 128), (8, 2), (2048, 4128)]),
+    **grid("awq of an odd width", of_awq, symmetric=[False, True], shape=[(264, 1088)],
+           group=[16, 64, 1088]),
 }
 
 

@@ -5,8 +5,8 @@ from quantizer_writers import quanto_bits, quanto_bytes
 from .base import Written, damaged, each, grid, weight
 
 
-def of_bytes(shape, dtype):
-    return Written(*quanto_bytes(weight(*shape), dtype))
+def of_bytes(shape, *dtypes, **options):
+    return Written(*quanto_bytes(weight(*shape), *dtypes, **options))
 
 
 def of_bits(shape=(96, 256), bias=True, **options):
@@ -18,10 +18,13 @@ def of_bits(shape=(96, 256), bias=True, **options):
 WRITERS = {
     **grid("bytes", of_bytes, shape=[(96, 128), (8, 4, 3, 3)],
            dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]),
+    **grid("bytes of an odd width", of_bytes, shape=[(264, 540)],
+           dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2],
+           scale_dtype=[torch.float16, torch.float32]),
     **each("bits", of_bits, *(
         {"bits": bits, "dtype": dtype, "shape": shape, "group": group} for bits in (2, 4)
         for dtype in (torch.bfloat16, torch.float16, torch.float32) for shape, group in (
-            ((96, 256), 128), ((6, 64), 64), ((7, 96), 32), ((3, 96), 96)))),
+            ((96, 256), 128), ((6, 64), 64), ((7, 96), 32), ((3, 96), 96), ((264, 544), 32)))),
 }
 BAD = damaged(
     lambda: of_bits(bias=False),

@@ -11,9 +11,9 @@ def metadata(header):
     return {"L.weight": header, "tensor_names": '["L.weight"]'}
 
 
-def of_bytes(dtype):
+def of_bytes(dtype, shape):
     type_name = "Int8Tensor" if dtype == torch.int8 else "Float8Tensor"
-    return Written(*torchao_bytes(weight(96, 128), dtype), metadata=metadata(
+    return Written(*torchao_bytes(weight(*shape), dtype), metadata=metadata(
         torchao_header(type_name)))
 
 
@@ -26,10 +26,13 @@ def of_integers(bits=4, type_name=INTEGERS, target=None, columns=128, **options)
 
 
 WRITERS = {
-    **grid("bytes", of_bytes, dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]),
+    **grid("bytes", of_bytes, dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2],
+           shape=[(96, 128), (264, 540)]),
     **each("integers", of_integers, *(
-        {"bits": bits, "symmetric": symmetric, "dtype": dtype} for bits in (1, 2, 3, 4, 5, 8)
-        for symmetric in (False, True)[:bits] for dtype in (torch.bfloat16, torch.float32))),
+        {"bits": bits, "symmetric": symmetric, "dtype": dtype} for bits in range(1, 9)
+        for symmetric in (False, True)[:bits]
+        for dtype in (torch.bfloat16, torch.float16, torch.float32))),
+    **grid("an odd width", of_integers, bits=[3, 6], columns=[544], group=[32, 544]),
     # zeros of int8 count, and so do codes beyond the bits of the header
     **each("eight bits", of_integers, {"bits": 8, "group": 128, "type_name": "Int8Tensor"},
            {"bits": 8, "group": 128, "target": 4}),
