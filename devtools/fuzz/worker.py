@@ -1,12 +1,11 @@
 """Targets in this process, under the guard.
 
-    python -m devtools.fuzz.worker TARGET FOLDER SECONDS EXECUTIONS SEED [OPTION OF LIBFUZZER ...]
+    python -m devtools.fuzz.worker TARGET FOLDER SECONDS EXECUTIONS SEED
     python -m devtools.fuzz.worker --replay EXECUTIONS < JOB
 
-The first reads changed inputs: by Hypothesis, or with options by Atheris, which chooses what
-Hypothesis draws. The first input that breaks a rule ends the process with an exit status that is
-not 0. FOLDER gets `current`, the input that is being read or, at the end, the smallest one that
-broke a rule; `counts.json`; and `examples`, Hypothesis's database.
+The first reads inputs that Hypothesis changes. The first input that breaks a rule ends the process
+with an exit status that is not 0. FOLDER gets `current`, the input that is being read or, at the
+end, the smallest one that broke a rule; `counts.json`; and `examples`, Hypothesis's database.
 
 The second reads what is in files, and EXECUTIONS new inputs. JOB is JSON, target -> paths. It
 prints a line of JSON before each input, {"target", "input"}, and one with "finding" after each that
@@ -113,23 +112,14 @@ class Reader:
         return test if seed is None else hypothesis.seed(seed)(test)
 
 
-def fuzz(name: str, kept: Path, seconds: float, executions: int, seed: int, options: list[str],
-         folder: Path):
+def fuzz(name: str, kept: Path, seconds: float, executions: int, seed: int, folder: Path):
     """Reads changed inputs; an error or the end of the process is a finding."""
-    guard = Guard()
-    if options:
-        import atheris  # pyright: ignore[reportMissingImports]
-    with (atheris.instrument_imports(include=["featherweight"]) if options  # pyright: ignore[reportAttributeAccessIssue]
-          else contextlib.nullcontext()):
-        reader = Reader(name, folder, guard, kept)
+    reader = Reader(name, folder, Guard(), kept)
     kept_test = reader.test(database=DirectoryBasedExampleDatabase(kept / "examples"),
                             phases=[Phase.reuse, Phase.shrink])
-    if options:
-        atheris.Setup([sys.argv[0], *options], kept_test.hypothesis.fuzz_one_input)
-        atheris.Fuzz()  # libFuzzer ends the process
     end = time.monotonic() + seconds
     try:
-        with contextlib.suppress(unittest.SkipTest):  # where Atheris has kept nothing
+        with contextlib.suppress(unittest.SkipTest):  # where no example is kept
             kept_test()
         while time.monotonic() < end and reader.executions < executions:
             reader.test(seed, max_examples=ROUND)()
@@ -171,9 +161,8 @@ def main(arguments: list[str]):
         match arguments:
             case ["--replay", executions]:
                 replay(json.load(sys.stdin), int(executions), Path(folder))
-            case [name, kept, seconds, executions, seed, *options]:
-                fuzz(name, Path(kept), float(seconds), int(executions), int(seed), options,
-                     Path(folder))
+            case [name, kept, seconds, executions, seed]:
+                fuzz(name, Path(kept), float(seconds), int(executions), int(seed), Path(folder))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ EXTRAS = [
     "transformers<5.15"
 ]
 # NVRTC: it compiles kernels without a GPU, and has no wheels for some systems. Ray: for the tests
-# of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of node
-# packs, whose findings tests/registry_review.md counts. Diffusers: reads the quantised files of
-# Black Forest Labs. Zig: compiles kernels for CPUs where no other compiler is. PEFT and LyCORIS:
-# train adapters, and say what these are worth; LyCORIS imports toml without requiring it.
+# of many machines. nodesafe: a scanner of node packs, whose findings tests/registry_review.md
+# counts. Diffusers: reads the quantised files of Black Forest Labs. Zig: compiles kernels for CPUs
+# where no other compiler is. PEFT and LyCORIS: train adapters, and say what these are worth;
+# LyCORIS imports toml without requiring it.
 OPTIONAL = [
-    "atheris", "bitsandbytes", "diffusers==0.42.1", "lycoris-lora==4.1.3", "nodesafe==0.6.0",
+    "bitsandbytes", "diffusers==0.42.1", "lycoris-lora==4.1.3", "nodesafe==0.6.0",
     "nvidia-cuda-nvrtc-cu12", "peft==0.21.2", "ray>=2.55", "toml", "ziglang"
 ]
 

@@ -88,8 +88,8 @@ def test_an_input_that_breaks_nothing_is_no_finding(replayed):
 
 @pytest.mark.heavy
 def test_what_broke_something_is_kept_small_and_breaks_it_again(tmp_path):
-    done = command(tmp_path, "--without-atheris", "--executions", "1200", "--target", "error",
-                   "--target", "exit", "--target", "nothing")
+    done = command(tmp_path, "--executions", "1200", "--target", "error", "--target", "exit",
+                   "--target", "nothing")
     assert done.returncode == 1 and "2 findings" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())["targets"]
     assert ["KeyError" in results[0]["finding"], "ended with 3" in results[1]["finding"],

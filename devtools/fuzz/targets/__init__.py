@@ -1,7 +1,7 @@
 """What is fuzzed: `TARGETS`, by name.
 
 A function with `@target` is one; of each quantiser with a module in `tests/support/conformance`,
-`models` makes one. The pack is imported when the function is called, so that Atheris can watch it.
+`models` makes one. The pack is imported when the function is called.
 """
 import os
 from collections.abc import Callable, Sequence
