@@ -10,7 +10,7 @@ import folder_paths
 import pytest
 import torch
 from pack_nodes import node_list
-from patched_models import flux_pair, forget_models, run
+from patched_models import flux_pair, run
 from prompt_errors import LINK, prompt_errors
 from safetensors.torch import save_file
 
@@ -19,17 +19,13 @@ from featherweight.nodes.added_inputs import EARLIER
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.legacy import nunchaku
 
+pytestmark = pytest.mark.usefixtures("no_model_outlives_its_tests")
+
 ADDED = [(node, one) for node in node_list() for one in node.GET_SCHEMA().inputs
          if EARLIER in one.as_dict()]
 SCRIPT = Path(__file__).parents[2] / "nodes" / "web" / "added_inputs.js"
 each_input = pytest.mark.parametrize(
     ("node", "one"), ADDED, ids=[f"{node.__name__}-{one.id}" for node, one in ADDED])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
 
 
 @each_input

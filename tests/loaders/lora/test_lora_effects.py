@@ -5,7 +5,7 @@ import comfy.lora
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from patched_models import LIMIT, adapter, error_by_effect, flux_file, flux_pair, forget_models, run
+from patched_models import LIMIT, adapter, error_by_effect, flux_file, flux_pair, run
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
@@ -16,16 +16,12 @@ from featherweight.loaders.lora.report import report_text
 from featherweight.ops.patches.adapters import adapter_tensors
 from featherweight.ops.patches.as_trained import row_dora
 
+pytestmark = pytest.mark.usefixtures("no_model_outlives_its_tests")
+
 PREFIX = "diffusion_model."
 LAYER = "double_blocks.0.img_attn.proj"
 QKV = "double_blocks.0.txt_attn.qkv"
 SLICE = "transformer.transformer_blocks.0.attn.add_v_proj"  # of the last third of QKV
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
 
 
 def rand(*shape, seed=0, scale=1.0):

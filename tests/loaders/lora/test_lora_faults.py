@@ -5,15 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from patched_models import (
-    KINDS,
-    error_by_effect,
-    flux_file,
-    flux_pair,
-    forget_models,
-    lora_for,
-    run,
-)
+from patched_models import KINDS, error_by_effect, flux_file, flux_pair, lora_for, run
 from safetensors.torch import save_file
 
 from featherweight.loaders.container.weight_file import WeightFileError
@@ -21,18 +13,12 @@ from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests")
 
 # Without them a layer is that of another LoRA, which is as good: of full strength, without a bias.
 OPTIONAL = (".alpha", ".dora_scale", ".diff_b")
 WHOLE = (".diff", ".set_weight", ".oft_blocks")  # the only tensor of a layer
 FEW, MANY = 6, 200
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
 
 
 def faults_of(lora: dict, chance: random.Random, count: int) -> Iterator[tuple[str, dict]]:

@@ -7,7 +7,7 @@ import random
 import comfy.lora
 import pytest
 import torch
-from patched_models import adapter, flux_file, flux_pair, forget_models
+from patched_models import adapter, flux_file, flux_pair
 from safetensors.torch import save_file
 
 from featherweight.loaders.lora.compatibility import check_lora
@@ -15,16 +15,12 @@ from featherweight.loaders.lora.header_alpha import CONFIG, DIFFUSERS
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.report import report_text
 
+pytestmark = pytest.mark.usefixtures("no_model_outlives_its_tests")
+
 LIMIT = 1e-4
 LAYERS = {"double_blocks.0.img_attn.proj": (256, 256), "double_blocks.0.txt_mlp.0": (1024, 256),
           "single_blocks.0.linear2": (256, 1280)}
 PREFIX = "diffusion_model."
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
 
 
 @pytest.fixture

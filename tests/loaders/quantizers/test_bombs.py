@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from encoders.encoder import small_towers
-from patched_models import KINDS, flux_file, flux_pair, forget_models, lora_for
+from patched_models import KINDS, flux_file, flux_pair, lora_for
 from safetensors.torch import save_file
 from stored_files import CLIP, FILES, Stored, StoredGGUF, stored_in, written
 
@@ -26,7 +26,7 @@ from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = [
-    pytest.mark.usefixtures("small_models"),
+    pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests"),
     pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")]
 
 FEW, MANY = 4, 150
@@ -45,12 +45,6 @@ NUMBERS: list[Any] = [
 SIZES = ("group_size", "convrot_groupsize", "hadamard_group_size", "group", "bits", "rank",
          "svd_rank", "block_size", "num_bits", "weight_block_size", "columns", "level_group",
          "orig_shape", "n_layers", "num_hidden_layers", "vocab_size", "hidden_size")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
 
 
 class TooLongError(Exception):
