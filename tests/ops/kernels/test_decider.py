@@ -89,13 +89,19 @@ def packed(rows=6, columns=64):
     return packed_tensor(Q4_0, torch.from_numpy(block_pool("Q4_0")[:blocks]), (rows, columns))
 
 
-def test_a_kernel_that_is_right_is_used(use):
+def recording(run):
+    """Return a list, and what calls `run` and adds the arguments to the list."""
     calls = []
 
     def recorded(*args):
         calls.append(args)
-        dequantize(*args)
+        run(*args)
 
+    return calls, recorded
+
+
+def test_a_kernel_that_is_right_is_used(use):
+    calls, recorded = recording(dequantize)
     use(backend(kernel("dequantize", recorded)))
     values = product.dequantize(packed(), torch.float32)
     assert calls[-1][2] is values
@@ -348,12 +354,7 @@ def test_a_kernel_gets_only_what_it_accepts(use):
 
 
 def test_a_kernel_is_checked_when_it_is_needed(use):
-    calls = []
-
-    def recorded(*args):
-        calls.append(args)
-        multiply(*args)
-
+    calls, recorded = recording(multiply)
     use(backend(kernel("linear", recorded, max_tokens=16)))
     assert kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17) is None
     checked = len(calls)
@@ -477,12 +478,7 @@ def test_what_lacked_memory_is_asked_again_at_the_next_load_and_a_product_in_the
 
 
 def test_verdicts_of_an_earlier_process_count_and_only_the_smallest_case_runs_again(use):
-    calls = []
-
-    def recorded(*args):
-        calls.append(args)
-        multiply(*args)
-
+    calls, recorded = recording(multiply)
     use(backend(kernel("linear", recorded)))
     assert find("linear") is recorded
     checked, calls[:] = len(calls), []
@@ -494,11 +490,7 @@ def test_verdicts_of_an_earlier_process_count_and_only_the_smallest_case_runs_ag
 @pytest.mark.parametrize("changed", ["nothing", "the backend", "the check", "the source"])
 def test_a_verdict_is_asked_again_where_what_it_is_about_has_changed(changed, use, monkeypatch,
                                                                      tmp_path):
-    calls = []
-
-    def recorded(*args):
-        calls.append(args)
-        dequantize(*args)
+    calls, recorded = recording(dequantize)
 
     def made_up():
         return Backend("made_up", lambda device: None, (kernel("dequantize", recorded),),
@@ -532,11 +524,7 @@ def test_a_kernel_that_is_wrong_for_one_dtype_is_used_for_the_others(use):
 
 
 def test_on_a_full_disk_verdicts_hold_for_this_process(use, monkeypatch):
-    calls = []
-
-    def recorded(*args):
-        calls.append(args)
-        dequantize(*args)
+    calls, recorded = recording(dequantize)
 
     def full(handle):
         raise OSError(errno.ENOSPC, "no space left on device")
@@ -599,11 +587,7 @@ def test_a_file_of_countless_layouts_has_no_more_than_a_bound_checked(use, monke
 
 
 def test_a_weight_of_another_length_needs_no_other_verdict(use):
-    calls = []
-
-    def recorded(*args):
-        calls.append(args)
-        dequantize(*args)
+    calls, recorded = recording(dequantize)
 
     rows = Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]), recorded)
     use(backend(rows))
