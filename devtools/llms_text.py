@@ -1,22 +1,24 @@
-"""Writes llms.txt: `python -m devtools.llms_text`, from the root.
+"""Writes llms.txt and node_list.json: `python -m devtools.llms_text`, from the root.
 
-Programs that write workflows read it, as they read the llms.txt of ComfyUI's documentation: the
-nodes with the ids of their inputs and what these take, which type fits which card, and links to the
+Programs that write workflows read llms.txt, as they read that of ComfyUI's documentation: the nodes
+with the ids of their inputs and what these take, which type fits which card, and links to the
 pages. All of it comes from the code, pyproject.toml and docs/README.md. Headings stand over lists
-of links alone, as llmstxt.org asks.
+of links alone, as llmstxt.org asks. By node_list.json, or by the ids in the pack's sources, ComfyUI
+Manager finds the pack for a missing node.
 """
+import json
 import re
-import tempfile
 
 from devtools.measure import model_sizes
 
+from pack_nodes import node_list
+
 from devtools import ROOT
-from devtools.host.server import PACK, Server
 from featherweight.loaders.models.compute_choice import BY_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
 from featherweight.nodes import OWN_PREFIX
 
-PATH = ROOT / "llms.txt"
+PATH, NODE_LIST = ROOT / "llms.txt", ROOT / "node_list.json"
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 # options that only some machines have: files, and numbered devices
 OF_A_MACHINE = re.compile(r".*\.\w+|(gpu|cuda):\d+")
@@ -146,12 +148,11 @@ def help_page(node_id: str) -> str:
 
 
 def main():
-    with tempfile.TemporaryDirectory() as base, Server(base) as server:
-        nodes = server.object_info()
-    of_the_pack = {node_id: node for node_id, node in nodes.items()
-                   if node["python_module"] == f"custom_nodes.{PACK}"}
-    PATH.write_text(text(of_the_pack), encoding="utf-8")
-    print(f"{PATH}: {len(of_the_pack)} nodes")
+    nodes = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in node_list()}
+    PATH.write_text(text(nodes), encoding="utf-8")
+    names = {node_id: node["display_name"] for node_id, node in sorted(nodes.items())}
+    NODE_LIST.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+    print(f"{PATH} and {NODE_LIST}: {len(nodes)} nodes")
 
 
 if __name__ == "__main__":

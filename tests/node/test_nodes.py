@@ -60,7 +60,7 @@ def test_every_id_is_found_in_the_source_by_comfyui_manager():
 def test_comfyui_managers_list_has_every_id_with_its_name():
     listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
     names = {node_id: node.GET_SCHEMA().display_name for node_id, node in NODES.items()}
-    assert listed == names, "run `python -m devtools.node_list`"
+    assert listed == names, "run `python -m devtools.llms_text`"
 
 
 # Inputs of our own loaders in the order in which workflows that people saved have their values. A
