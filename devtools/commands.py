@@ -116,10 +116,9 @@ def gpu(arguments: list[str]) -> int:
     parser.add_argument("--pack", type=Path, metavar="FOLDER")
     parser.add_argument("--packed", type=Path, metavar="FOLDER")
     parser.add_argument("--kitchen", type=Path, metavar="FOLDER")
-    parser.add_argument("--peer", type=Path)
     own, _ = parser.parse_known_args(arguments)
     if own.pack:
-        offline_bundle.pack(own.pack, own.peer)
+        offline_bundle.pack(own.pack)
         return 0
     if own.kitchen and not own.packed:
         offline_bundle.pack_kitchen(own.kitchen)

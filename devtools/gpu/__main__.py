@@ -37,8 +37,6 @@ def main() -> int:
     parser.add_argument("--part", type=int, choices=PARTS, default=1,
                         help="2: LoRAs, models larger than the memory, and ComfyUI's formats")
     parser.add_argument("--only", nargs="+", choices=STAGES)
-    parser.add_argument("--peer", type=Path,
-                        help="folder of another pack with the node UnetLoaderGGUF")
     for used in ("--packed", "--kitchen"):  # by `dev.py`
         parser.add_argument(used, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "gpu",
@@ -60,12 +58,11 @@ def main() -> int:
     for name in options.only or PARTS[options.part]:
         stage = STAGES[name]
         left = min(stage.seconds, end - time.monotonic())
-        if left < 1 or (name == "peer" and not options.peer):
+        if left < 1:
             continue
         report.begin(name, stage.about)
-        peer = ["--peer", str(options.peer.resolve())] if options.peer else []
         started = time.monotonic()
-        how = _run([name, *quick, *peer], "--cpu" if on_a_cpu else stage.arguments, left,
+        how = _run([name, *quick], "--cpu" if on_a_cpu else stage.arguments, left,
                    functools.partial(_add, report, name), options.out / "log.txt")
         report.end(name, f"{how} after {time.monotonic() - started:.0f} s")
         print(f"  {report.figures[name]['ended']}", flush=True)

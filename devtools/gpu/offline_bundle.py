@@ -41,15 +41,15 @@ UNUSED = {
     "custom_nodes"
 }
 PURE = {"comfy-kitchen"}  # its kernels travel apart
-HOST, WHEELS, PEERS = "host.tar.xz", "wheels", "peers"
+HOST, WHEELS = "host.tar.xz", "wheels"
 KITCHEN, PART_BYTES = "kitchen.tar.xz", 20_000_000
 STAND_IN = Path(__file__).with_name("av_stand_in.py")  # of a package of 35 MB
 # Pythons before 3.11.4 have no filters
 SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
-def pack(folder: Path, peer: Path | None = None):
-    """Fill `folder` with ComfyUI's source, wheels, and another pack to compare with."""
+def pack(folder: Path):
+    """Fill `folder` with ComfyUI's source and wheels."""
     environment = prepare()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WHEELS).mkdir(parents=True)
@@ -58,9 +58,6 @@ def pack(folder: Path, peer: Path | None = None):
     for requirement in [*_requirements(environment.host), *FURTHER]:
         _download(environment.python, requirement, folder / WHEELS,
                   ["any"] if _name(requirement) in PURE else PLATFORMS)
-    if peer is not None:
-        shutil.copytree(peer, folder / PEERS / peer.name,
-                        ignore=shutil.ignore_patterns(".git", "__pycache__"))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     left = CARRIED - _tracked_bytes()
     if size > left:

@@ -8,7 +8,6 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 ROW = "ROW "
 
@@ -31,7 +30,7 @@ class Stage:
     rounds: int = 7
     blocks: tuple[int, int] | None = None
 
-    def rows(self, quick: bool, peer: str | None) -> Iterator[tuple[str, dict]]:
+    def rows(self, quick: bool) -> Iterator[tuple[str, dict]]:
         module, name = self.function.split(":")
         function = getattr(importlib.import_module(f"devtools.{module}"), name)
         # This takes the host, which the stage's module may have had to prepare.
@@ -39,8 +38,7 @@ class Stage:
 
         options = argparse.Namespace(sizes=QUICK if quick else ON_A_GPU, quick=quick,
                                      rounds=1 if quick else self.rounds, formats=FORMATS,
-                                     blocks=None if quick else self.blocks,
-                                     peer=Path(peer) if peer else None)
+                                     blocks=None if quick else self.blocks, peer=None)
         with as_in_use():
             yield from function(options)
 
@@ -64,7 +62,7 @@ PARTS = {1: {
                         25, f"{LAYERS}:bench_dequantize"),
     "model": Stage("A step of a Flux, the tokens of 1024 squared, beside the same weights dense in"
                    " bfloat16.", 60, f"{MODELS}:bench_model", rounds=5, blocks=(2, 4)),
-    "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 50,
+    "step": Stage("A step of a Flux in Q4_K with and without LoRAs.", 50,
                   f"{MODELS}:bench_step"),
 }, 2: {
     "imports": IMPORTS,
@@ -78,7 +76,6 @@ PARTS = {1: {
                   " and with two.", 90, f"{MODELS}:bench_ways"),
     "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
                   " LoRAs and with them.", 90, f"{MODELS}:bench_comfy_lora", rounds=5),
-    "peer": Stage("One layer in each pack.", 30, f"{LAYERS}:bench_peer"),
 }}
 STAGES = {name: stage for stages in PARTS.values() for name, stage in stages.items()}
 
@@ -87,9 +84,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=STAGES)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peer")
     options = parser.parse_args()
-    for title, row in STAGES[options.name].rows(options.quick, options.peer):
+    for title, row in STAGES[options.name].rows(options.quick):
         print(ROW + json.dumps([title, row]), flush=True)
 
 

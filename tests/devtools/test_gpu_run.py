@@ -35,15 +35,15 @@ def run(folder, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder of a run of one stage, the other being left out without a peer."""
+    """The folder of a run of one stage."""
     folder = tmp_path_factory.mktemp("gpu")
-    run(folder, "--only", "peer", "LoRA")
+    run(folder, "--only", "LoRA")
     return folder
 
 
 def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal):
     figures = json.loads((rehearsal / "gpu.json").read_text())
-    assert "peer" not in figures
+    assert figures.keys() & STAGES.keys() == {"LoRA"}
     assert figures["LoRA"]["ended"].startswith("done"), (rehearsal / "log.txt").read_text()[-3000:]
     assert figures["LoRA"]["rows"] and "\n## LoRA\n" in (rehearsal / "gpu.md").read_text()
     with Image.open(rehearsal / "gpu.png") as picture:
@@ -56,7 +56,7 @@ def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal):
 def test_another_stage_gives_rows_on_a_cpu(stage, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = dict(STAGES[stage].rows(quick=True, peer=None))
+    rows = dict(STAGES[stage].rows(quick=True))
     assert rows and all(rows.values())
 
 
@@ -81,7 +81,7 @@ def test_the_stage_of_tests_says_how_many_passed_and_which_failed(tmp_path, monk
     )
     monkeypatch.setattr(stage, "TESTS", [str(tests)])
     monkeypatch.setattr(stage, "ROOT", tmp_path)
-    (row,) = STAGES["tests"].rows(quick=True, peer=None)
+    (row,) = STAGES["tests"].rows(quick=True)
     assert row[0] == str(tests) and row[1]["failed"] == "test_three"
     assert row[1]["tests"].startswith("1 failed, 1 passed, 1 skipped")
 
