@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from kernel_cases import cpu_kernels, shared_cache
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_cases import Largest, cpu_kernels, shared_cache
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError
@@ -297,28 +296,15 @@ def test_weights_of_any_float_dtype_and_of_more_dimensions(dtype):
     assert torch.equal(packed._qdata, expected._qdata)
 
 
-class Largest(TorchDispatchMode):
-    """Counts how many values the largest results have."""
-
-    values = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, torch.Tensor) and part.is_floating_point() and not func.is_view:
-                self.values = max(self.values, part.numel())
-        return result
-
-
 @pytest.mark.parametrize("name", ["Q4_K", "NF4"])
 def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, monkeypatch):
     monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 32)
     moments = moments_of(inputs(300, 512), 256)
     weight = weight_of(70, 512)
-    with Largest() as largest:
+    with Largest(lambda part: part.numel() if part.is_floating_point() else 0) as largest:
         packed = pack_with_feedback(weight, FORMATS[name], moments)
         pick_lower_error(weight, [packed, packed], moments)
-    assert largest.values == 256 * 256, "the moments of one block are more than a slice of 32 rows"
+    assert largest.most == 256 * 256, "the moments of one block are more than a slice of 32 rows"
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -9,8 +9,7 @@ import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
-from kernel_cases import cpu_kernels, shared_cache
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_cases import Largest, cpu_kernels, shared_cache
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from featherweight.ops import kernels
@@ -207,19 +206,6 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
         assert torch.equal(part, expected_part)
 
 
-class Largest(TorchDispatchMode):
-    """Counts the bytes of the largest result but for bytes, as the packed weight has."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, torch.Tensor) and part.dtype != torch.uint8 and not func.is_view:
-                self.nbytes = max(self.nbytes, part.nbytes)
-        return result
-
-
 @pytest.mark.parametrize(("name", "moments"), [
     *((name, False) for name in ROW_TYPES), ("int8_convrot", True), ("mxfp8", True),
     *(pytest.param(name, True, marks=pytest.mark.heavy)
@@ -235,9 +221,10 @@ def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, by,
     weight = weight_of(320, 256).bfloat16()
     if by == "kernel":
         pack_to_type(weight, ROW_TYPES[name], given)  # checks it
-    with Largest() as largest:
+    # but for bytes, as the packed weight has
+    with Largest(lambda part: part.nbytes if part.dtype != torch.uint8 else 0) as largest:
         pack_to_type(weight, ROW_TYPES[name], given)
-    assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
+    assert largest.most <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
 
 
 @pytest.mark.parametrize(("name", "most"), [("asym_w4a8_int8", 0.01), ("convrot_w4a4", 0.05)])
