@@ -17,7 +17,7 @@ CLIENTS = 2
 CACHE_GB = 0.02  # of what is packed while loading: less than all of it, so that entries come and go
 
 
-def server_for(base: Path, stock: bool = False) -> Server:
+def server_for(base: Path) -> Server:
     """A server in `base`, all of whose temporary files lie there; it keeps what it packs, in a
     cache that is too small."""
     for name in ("tmp", "cache"):
@@ -28,10 +28,10 @@ def server_for(base: Path, stock: bool = False) -> Server:
         "FEATHERWEIGHT_PACKED_CACHE_GB": str(CACHE_GB), "OMP_NUM_THREADS": "1"
     }  # products this small only wait for other threads
     source = Path(probe_nodes.__file__).read_text(encoding="utf-8")
-    return Server(base, with_pack=not stock, extra_custom_nodes={"soak": source}, env=env)
+    return Server(base, extra_custom_nodes={"soak": source}, env=env)
 
 
-def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1, stock: bool = False,
+def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1,
          only: tuple[str, ...] = (), show=lambda reading: None,
          run_log: RunLog | None = None) -> RunLog:
     """Write the files into `base`, if they are not there, and run; `run_log` grows as it goes."""
@@ -39,9 +39,9 @@ def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1, st
     if text := fixtures.stamp(base):
         fixtures.write(base)
         (base / "written.json").write_text(text)
-    with server_for(base, stock) as server:
+    with server_for(base) as server:
         clients = [
-            Client(server.another_client(), Asks(base, seed, number, stock, only), run_log)
+            Client(server.another_client(), Asks(base, seed, number, only), run_log)
             for number in range(CLIENTS)
         ]
         return run(server, clients, run_log, prompts, minutes, every, show)
@@ -70,15 +70,13 @@ def main(arguments: list[str]) -> int:
                         help="prompts from one reading to the next")
     parser.add_argument("--seed", type=int, default=1,
                         help="another one asks for other things in another order")
-    parser.add_argument("--stock", action="store_true",
-                        help="the same without this pack: what the host does by itself")
     parser.add_argument("--only", nargs="+", default=(), metavar="KIND",
                         help="of the methods in devtools/soak/requests.py that ask")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "soak",
                         help="folder for soak.json, soak.png and the files")
     options = parser.parse_args(arguments)
     about = {"started": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(),
-             "seed": options.seed, "stock": options.stock}
+             "seed": options.seed}
     print(f"Writing models and starting ComfyUI in {options.out / 'base'}", flush=True)
     run_log = RunLog()
 
@@ -89,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         soak(options.out / "base", options.prompts, options.minutes, options.every, options.seed,
-             options.stock, tuple(options.only), show, run_log)
+             tuple(options.only), show, run_log)
     except ServerError as error:
         run_log.mistakes.append(str(error))
     write(run_log, options.out, about)

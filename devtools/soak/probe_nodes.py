@@ -2,8 +2,7 @@
 picture is, and quiet.
 
 The tokenizer of CLIP is made once: each one that ComfyUI makes leaves some 10 MB behind, whatever
-loads the encoder, and beside that nothing of ours could be seen (`python -m
-devtools.soak.tokenizers` shows it).
+loads the encoder, and beside that nothing of ours could be seen.
 """
 import functools
 import gc

@@ -44,22 +44,19 @@ class Graph(dict):
 
 
 class Asks:
-    """stock: only what ComfyUI has by itself, to tell what is the host's."""
+    """Draws prompts. only: names of the methods that draw them; none: all."""
 
-    def __init__(self, base: Path, seed: int, client: int, stock: bool = False,
-                 only: tuple[str, ...] = ()):
-        self.base, self.seed, self.client, self.stock = base, seed, client, stock
-        self.models = [
-            model for model in fixtures.models() if not stock or model.loader == fixtures.STOCK
-        ]
+    def __init__(self, base: Path, seed: int, client: int, only: tuple[str, ...] = ()):
+        self.base, self.seed, self.client = base, seed, client
+        self.models = fixtures.models()
         self.bad = fixtures.bad_names(base)
         self.content = 0
-        usual = {self.draw: 10, self.with_loras: 5, self.cancelled_sampling: 2, self.freed: 1}
-        ours = {
+        kinds = {
+            self.draw: 10, self.with_loras: 5, self.cancelled_sampling: 2, self.freed: 1,
             self.encoded: 2, self.checkpoint: 2, self.placed: 2, self.saved: 1, self.refused: 2,
             self.replaced: 2, self.cancelled_load: 1
         }
-        self.kinds = {kind: weight for kind, weight in (usual if stock else usual | ours).items()
+        self.kinds = {kind: weight for kind, weight in kinds.items()
                       if not only or kind.__name__ in only}
 
     def number(self, index: int) -> Ask:
@@ -98,8 +95,7 @@ class Asks:
         model = self.dice.choice([model for model in self.models if model.family == "flux"])
         loras = [(name, self.dice.choice(STRENGTHS))
                  for name in self.dice.sample(LORAS, self.dice.choice((1, 1, 2)))]
-        node = self.dice.choice(("LoraLoaderModelOnly",
-                                 "LoraLoaderModelOnly" if self.stock else "FeatherweightApplyLora"))
+        node = self.dice.choice(("LoraLoaderModelOnly", "FeatherweightApplyLora"))
 
         def change(graph, link):
             for name, strength in loras:
