@@ -155,6 +155,11 @@ def run(patcher, inputs: dict | None = None) -> torch.Tensor:
     return forward(patcher, inputs)
 
 
+def hooks_in(patcher) -> int:
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+               for layer in patcher.model.modules())
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 

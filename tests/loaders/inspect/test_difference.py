@@ -5,6 +5,7 @@ import comfy.sd
 import pytest
 import torch
 from host_formats import HOST_FORMATS, in_host_format
+from patched_models import relative
 from safetensors.torch import save_file
 
 from devtools.files import bnb_files, tiny_models
@@ -37,10 +38,6 @@ def dense(model, tmp_path_factory):
 def packed(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "packed.gguf"
     return path, write_gguf(path, model, lambda name, values: "Q4_0" if values.ndim > 1 else "F32")
-
-
-def relative(values, expected):
-    return ((values - expected).norm() / expected.norm()).item()
 
 
 def test_errors_are_those_of_the_packed_values(packed, dense, model):

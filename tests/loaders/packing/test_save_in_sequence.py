@@ -8,6 +8,7 @@ import torch
 from patched_models import (
     dense_flux,
     flux_inputs,
+    hooks_in,
     lora_for,
     packed_flux,
     patched,
@@ -90,12 +91,6 @@ def calibration_of(model, **options):
 def state_of(model) -> dict[str, torch.Tensor]:
     return {name: (value.dequantize() if is_packed(value) else value).clone()
             for name, value in model.model.state_dict().items()}
-
-
-def hooks_in(model) -> int:
-    return sum(
-        len(layer._forward_pre_hooks) + len(layer._forward_hooks)
-        for layer in model.model.modules())
 
 
 def error_of(path, wanted) -> float:

@@ -9,7 +9,7 @@ import comfy.model_management
 import pytest
 import torch
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
-from patched_models import packed_flux
+from patched_models import hooks_in, packed_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -73,12 +73,6 @@ def patcher_of(name: str, monkeypatch):
 def small_drawing(name: str, **options) -> SamplingRun:
     latent = {"samples": torch.zeros(1, *FAMILIES[name].latent[1:])}
     return SamplingRun((), latent, **{"samples": 1, "steps": 3, "seed": 1} | options)
-
-
-def hooks_in(patcher) -> int:
-    return sum(
-        len(layer._forward_pre_hooks) + len(layer._forward_hooks)
-        for layer in patcher.model.modules())
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
+from patched_models import relative
 
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import adopt
@@ -59,10 +60,6 @@ def patches_of(kind: str, device="cpu", dtype=torch.float32, strength: float = 0
     built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device),
                           dtype)
     return built, lambda weight: 0.5 * weight + strength * up @ down
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 5, COLUMNS)])

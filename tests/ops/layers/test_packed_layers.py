@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.ops import manual_cast
 from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
+from patched_models import relative
 
 from devtools.files.gguf_files import pack
 from featherweight.ops.formats.base import FORMATS
@@ -46,16 +47,12 @@ def packed_linear(format_name="Q8_0", rows=48, columns=512, bias=True, dtype=tor
     return layer, dense, state.get("bias")
 
 
-def relative_error(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
 def test_linear_equals_the_dense_product_of_the_reference_values(format_name):
     layer, dense, bias = packed_linear(format_name)
     for shape in ((512,), (1, 512), (5, 512), (2, 3, 512)):
         input = torch.randn(shape)
-        assert relative_error(layer(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
+        assert relative(layer(input), torch.nn.functional.linear(input, dense, bias)) < 1e-6
     assert is_packed(layer.weight)
 
 
@@ -77,7 +74,7 @@ def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
                         lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     input = torch.randn(2, 3, 512)
     assert (
-        relative_error(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
+        relative(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
     )
     assert taken == [(16, 512)] * 4 + [(6, 512)]
 
@@ -87,7 +84,7 @@ def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1)
     input = torch.randn(4, 320)
     assert (
-        relative_error(product.linear(input, weight), torch.nn.functional.linear(input, dense))
+        relative(product.linear(input, weight), torch.nn.functional.linear(input, dense))
         < 1e-6
     )
 
