@@ -127,16 +127,9 @@ def test_bitsandbytes_is_not_needed(tmp_path):
         assert relative(torch.load(f"{path}.pt"), run(dense(values))) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("quant_type", "nested"),
-    [("nf4", True), ("fp4", False), ("int8", None)],
-)
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("fp4", False)])
 def test_loras_of_every_kind_are_exact(quant_type, nested, path):
-    seen = (
-        write_bnb_int8(path, flux())
-        if quant_type == "int8"
-        else write_bnb(path, flux(), quant_type, nested=nested)
-    )
+    seen = write_bnb(path, flux(), quant_type, nested=nested)
     patcher, reference = load_diffusion_model(path), dense(seen)
     without = run(reference)
     stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
