@@ -13,14 +13,12 @@ import comfy.ldm.hydit.controlnet
 import comfy.ldm.qwen_image.controlnet
 import comfy.memory_management
 import comfy.ops
-import comfy.sample
-import comfy.samplers
 import nunchaku_writer
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from families import FAMILIES, shrunken_detection
-from host_nodes import MODELS, UNET, conditioning, models, seeded
+from host_nodes import MODELS, UNET, conditioning, models, seeded, two_steps
 from packed_files import PACKED_FILES, write_sdnq
 
 import nodes as host_nodes
@@ -242,10 +240,7 @@ def sample(kind: Kind, control_net=None, packed_base: bool = False,
         positive, negative = apply(positive, negative, control_net, hint, kind.vae)
     # a part of the latent, which takes a quarter of the time
     noise, latent = (seeded(*family.latent, seed=seed)[..., :8, :8] for seed in (1, 4))
-    sampler = comfy.samplers.sampler_object("euler")
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    return comfy.sample.sample_custom(model, noise, 3.0, sampler, sigmas, positive, negative,
-                                      latent / 2, disable_pbar=True, seed=1)
+    return two_steps(model, 3.0, noise, latent / 2, positive, negative)
 
 
 @functools.cache
@@ -254,7 +249,7 @@ def unguided(base: str) -> torch.Tensor:
     return sample(next(kind for kind in KINDS.values() if kind.base == base))
 
 
-def packed_layers(control_net) -> list[str]:
-    return [name for name, layer in control_net.control_model.named_modules()
+def packed_layers(model: torch.nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
             and layer.weight.params.format.plain_dtype is None]

@@ -83,6 +83,14 @@ def seeded(*shape, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def two_steps(model, cfg: float, noise, latent, *conditionings) -> torch.Tensor:
+    """What the host's sampler makes of a latent in two steps."""
+    sampler = comfy.samplers.sampler_object("euler")
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    return comfy.sample.sample_custom(model, noise, cfg, sampler, sigmas, *conditionings, latent,
+                                      disable_pbar=True, seed=1)
+
+
 @functools.cache
 def models(name: str, other: bool = False) -> tuple:
     """(packed, dense) patchers of the same values, each loaded from a file. other: with other

@@ -10,17 +10,12 @@ import comfy.ldm.anima.lllite
 import comfy.ldm.lumina.controlnet
 import comfy.ldm.supir.supir_modules
 import comfy.ldm.wan.uni3c
-import comfy.sample
-import comfy.samplers
 import folder_paths
 import torch
 from comfy_extras import nodes_model_patch, nodes_wan
 from controlnets import FrameLatents, Latents, build_weights
 from families import FAMILIES
-from host_nodes import MODELS, conditioning, models, seeded
-
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
+from host_nodes import MODELS, conditioning, models, seeded, two_steps
 
 WAN = dataclasses.replace(  # whose width 40 heads divide
     FAMILIES["wan2.1-t2v"],
@@ -259,12 +254,9 @@ def sample(kind: Kind, patch=None) -> torch.Tensor:
     family, model = MODELS[kind.base], models(kind.base)[1]
     if patch is not None:
         model = kind.apply(model, patch)
-    positive, negative = (conditioning(kind.base, seed) for seed in (2, 3))
-    latent = seeded(*family.latent, seed=4) / 2
-    sampler = comfy.samplers.sampler_object("euler")
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    return comfy.sample.sample_custom(model, seeded(*family.latent), kind.cfg, sampler, sigmas,
-                                      positive, negative, latent, disable_pbar=True, seed=1)
+    noise, latent = (seeded(*family.latent, seed=seed) for seed in (1, 4))
+    return two_steps(model, kind.cfg, noise, latent / 2,
+                     *(conditioning(kind.base, seed) for seed in (2, 3)))
 
 
 @torch.inference_mode()
@@ -278,9 +270,3 @@ def run_supir(patch) -> torch.Tensor:
     fused = model.project_modules[0](features[0], features[1], features[0])
     mixed = model.project_modules[1](features[0], features[0])
     return torch.cat([value.flatten() for value in (*features, fused, mixed)])
-
-
-def packed_layers(patch) -> list[str]:
-    return [name for name, layer in patch.model.named_modules()
-            if isinstance(layer, PackedLayer) and is_packed(layer.weight)
-            and layer.weight.params.format.plain_dtype is None]

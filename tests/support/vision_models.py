@@ -14,9 +14,6 @@ import torch
 from controlnets import build_weights
 from host_nodes import seeded
 
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
-
 FOLDER = Path(comfy.clip_vision.__file__).parent
 
 
@@ -122,9 +119,3 @@ def encoded(clip_vision) -> dict[str, torch.Tensor]:
     output = clip_vision.encode_image(picture)
     return {name: value for name, value in vars(output).items()
             if isinstance(value, torch.Tensor)}
-
-
-def packed_layers(clip_vision) -> list[str]:
-    return [name for name, layer in clip_vision.model.named_modules()
-            if isinstance(layer, PackedLayer) and is_packed(layer.weight)
-            and layer.weight.params.format.plain_dtype is None]

@@ -4,6 +4,7 @@ import os
 import comfy.clip_vision
 import pytest
 import torch
+from controlnets import packed_layers
 from families import relative_error
 from packed_files import (
     PACKED_FILES,
@@ -12,7 +13,7 @@ from packed_files import (
     write_with_dense,
 )
 from safetensors.torch import save_file
-from vision_models import VISION_MODELS, encoded, packed_layers, shrink
+from vision_models import VISION_MODELS, encoded, shrink
 
 from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.clip_vision import load_clip_vision
@@ -39,7 +40,7 @@ def assert_alike(path, dense):
     whole_blocks = {name.removesuffix(".weight")
                     for name, value in of_the_host.get_sd().items()
                     if name.endswith(".weight") and value.ndim == 2 and value.shape[1] % 32 == 0}
-    return whole_blocks - set(packed_layers(packed))
+    return whole_blocks - set(packed_layers(packed.model))
 
 
 @pytest.mark.parametrize("name", VISION_MODELS)
@@ -58,7 +59,7 @@ def test_vision_model_of_any_packed_format_sees_what_its_dense_self_does(format_
     writer, name = PACKED_FILES[format_name]
     weights = VISION_MODELS["SigLIP 2" if format_name == "Q4_K" else "CLIP H"]()
     dense = write_with_dense(writer, tmp_path / name, weights)
-    assert packed_layers(load_clip_vision(str(tmp_path / name)))
+    assert packed_layers(load_clip_vision(str(tmp_path / name)).model)
     assert_alike(tmp_path / name, dense)
 
 
@@ -69,7 +70,7 @@ def test_vision_model_that_is_packed_as_it_is_read_sees_what_its_dense_self_does
               path)
     packed, dense = load_clip_vision(str(path), "Q8_0"), comfy.clip_vision.load(str(path))
     load_values_of(dense.model, packed.model)
-    assert packed_layers(packed) and "packed from F32" in memory_summary(packed.patcher)
+    assert packed_layers(packed.model) and "packed from F32" in memory_summary(packed.patcher)
     expected = encoded(dense)
     for key, value in encoded(packed).items():
         assert relative_error(value, expected[key]) < 1e-5, key

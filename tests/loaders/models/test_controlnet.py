@@ -83,7 +83,7 @@ def check_guides_as_dense(kind, format_name, tmp_path, monkeypatch):
         name: layer.weight.nbytes for name, layer in packed.control_model.named_modules()
         if isinstance(layer, PackedLayer) and layer.stays_plain(layer.weight)
     }
-    unpacked = layers.keys() - dense.keys() - set(packed_layers(packed))
+    unpacked = layers.keys() - dense.keys() - set(packed_layers(packed.control_model))
     assert all(layers[name].weight.shape[1] % 32 for name in unpacked)
     size = packed.control_model_wrapped.model_size() - sum(dense.values())
     assert size <= 1.05 * os.path.getsize(path)
@@ -95,7 +95,7 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     dense_path = write_with_dense(write_format, tmp_path / name, kind.weights())
     packed = load_controlnet(str(tmp_path / name))
     dense = comfy.controlnet.load_controlnet(dense_path)
-    assert len(packed_layers(packed)) >= 13
+    assert len(packed_layers(packed.control_model)) >= 13
     expected = sample(kind, dense)
     assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
@@ -138,8 +138,9 @@ def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
     assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
     layers = dict(packed.control_model.named_modules())
-    formats = {layers[name].weight.params.format.name for name in packed_layers(packed)}
-    assert formats == {"Q8_0"} and len(packed_layers(packed)) >= 8
+    names = packed_layers(packed.control_model)
+    formats = {layers[name].weight.params.format.name for name in names}
+    assert formats == {"Q8_0"} and len(names) >= 8
     assert "in memory, packed from BF16 in" in memory_summary(packed.control_model_wrapped)
 
 
@@ -149,7 +150,8 @@ def test_a_prefix_of_names_changes_no_type(tmp_path):
         save_file(dict(weights), tmp_path / "net.safetensors")
         with kernels_of_this_machine():  # which pack three times as fast
             packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
-        sizes.append((packed_layers(packed), packed.control_model_wrapped.model_size()))
+        sizes.append((packed_layers(packed.control_model),
+                      packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
 
 
@@ -161,7 +163,7 @@ def test_on_a_cpu_it_computes_in_what_the_guided_model_computes_in(kind, tmp_pat
     save_file(values, tmp_path / "dense.safetensors")
     control_net = load_controlnet(str(tmp_path / "net.gguf"))
     layers, dtypes = dict(control_net.control_model.named_modules()), set()
-    for name in packed_layers(control_net):
+    for name in packed_layers(control_net.control_model):
         if not isinstance(layers[name], torch.nn.Embedding):
             layers[name].register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
     exact = sample(kind, control_net, packed_base=True)
@@ -225,7 +227,8 @@ def test_every_name_of_diffusers_finds_its_place(name, tmp_path, caplog):
         control_net = load_controlnet(str(tmp_path / "net.gguf"))
     assert not [record.getMessage() for record in caplog.records
                 if record.getMessage().startswith(("missing", "unexpected", "leftover"))]
-    assert len(packed_layers(control_net)) == sum(len(shape) == 2 for shape in shapes.values())
+    assert len(packed_layers(control_net.control_model)) == sum(
+        len(shape) == 2 for shape in shapes.values())
 
 
 def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
@@ -234,7 +237,7 @@ def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
     if not hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"):
         pytest.skip("this ComfyUI has no ControlNets for several GPUs")
     clone = control_net.deepclone_multigpu(torch.device("cpu"))
-    assert packed_layers(clone) == packed_layers(control_net)
+    assert packed_layers(clone.control_model) == packed_layers(control_net.control_model)
     assert isinstance(clone.control_model_wrapped, PackedPatcher)
     assert clone.control_model.packed_patches is not control_net.control_model.packed_patches
     kind = KINDS["flux"]

@@ -6,10 +6,10 @@ import comfy.ops
 import pytest
 import torch
 from comfy_extras import nodes_model_patch
-from controlnets import WRITERS
+from controlnets import WRITERS, packed_layers
 from families import FAMILIES, relative_error, shrunken_detection
 from host_nodes import MODELS
-from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink
+from model_patches import KINDS, load_dense, qwen, sample, shrink
 from packed_files import (
     PACKED_FILES,
     load_values_of,
@@ -46,7 +46,7 @@ def test_packed_model_patch_acts_as_its_dense_self_does(kind, format_name, tmp_p
     whole_blocks = {name.removesuffix(".weight")
                     for name, value in of_the_host.model.state_dict().items()
                     if value.ndim == 2 and value.shape[1] % 32 == 0}
-    assert whole_blocks <= set(packed_layers(packed))
+    assert whole_blocks <= set(packed_layers(packed.model))
 
 
 OTHER_FORMATS = sorted(PACKED_FILES.keys() - WRITERS.keys())
@@ -60,7 +60,7 @@ def test_model_patch_of_any_packed_format_acts_as_its_dense_self(format_name, tm
     writer, name = PACKED_FILES[format_name]
     dense = write_with_dense(writer, tmp_path / name, kind.weights())
     packed = load_model_patch(str(tmp_path / name))
-    assert len([name for name in packed_layers(packed) if name.endswith(".qkv")]) == 8
+    assert len([name for name in packed_layers(packed.model) if name.endswith(".qkv")]) == 8
     assert relative_error(sample(kind, packed), sample(kind, load_dense(dense, monkeypatch))) < 1e-5
 
 
@@ -74,7 +74,7 @@ def test_model_patch_that_is_packed_as_it_is_read_acts_as_its_dense_self(name, t
     packed, dense = load_model_patch(str(path), "Q8_0"), load_dense(str(path), monkeypatch)
     load_values_of(dense.model, packed.model)
     # those have no blocks by which a plan knows their layers, and stay in 16 bits
-    assert bool(packed_layers(packed)) == (name not in ("USO", "LLLite"))
+    assert bool(packed_layers(packed.model)) == (name not in ("USO", "LLLite"))
     assert relative_error(sample(kind, packed), sample(kind, dense)) < 1e-5
 
 
@@ -92,7 +92,7 @@ def test_a_load_leaves_the_hosts_module_as_it_is(tmp_path):
     before = dict(vars(nodes_model_patch))
     operations = comfy.ops.manual_cast
     write_q8_0(tmp_path / "net.gguf", qwen())
-    assert packed_layers(load_model_patch(str(tmp_path / "net.gguf")))
+    assert packed_layers(load_model_patch(str(tmp_path / "net.gguf")).model)
     assert vars(nodes_model_patch) == before and comfy.ops.manual_cast is operations
     assert nodes_model_patch.comfy.ops.manual_cast is operations
 
