@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, random_weights, write_encoder
+from encoders.encoder import hidden_states, load_encoder, random_weights, write_encoder
 from gpu_memory import sample
 from patched_models import (
     LIMIT,
@@ -18,7 +18,6 @@ from patched_models import (
     patched,
 )
 
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
 
@@ -132,8 +131,7 @@ def states(clip) -> torch.Tensor:
 def test_a_text_encoder_computes_where_it_is_told_with_its_lora(host, vram, device, tmp_path):
     encoder = ENCODERS["t5-xxl"]
     write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
-    clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                             model_options=encoder.model_options)
+    clip = load_encoder(tmp_path / "encoder.gguf", encoder)
     without, generator = states(clip), torch.Generator().manual_seed(1)
     patches = {}
     for name, layer in clip.cond_stage_model.named_modules():

@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from controlnets import flux_bfl
 from encoders import ENCODERS
-from encoders.encoder import random_weights
+from encoders.encoder import load_encoder, random_weights
 from host_formats import HOST_FORMATS
 from packed_files import PACKED_FILES, write_host_format
 from patched_models import folder as kept_models
@@ -27,7 +27,6 @@ from devtools.files import demo_files
 from devtools.files.gguf_files import write_all
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
@@ -46,7 +45,7 @@ def diffusion_model(path: str) -> tuple[torch.nn.Module, ModelPatcher]:
 
 
 def text_encoder(path: str) -> tuple[torch.nn.Module, ModelPatcher]:
-    clip = load_text_encoder([path], CLIP.clip_type, model_options=CLIP.model_options)
+    clip = load_encoder(path, CLIP)
     return clip.cond_stage_model, clip.patcher
 
 

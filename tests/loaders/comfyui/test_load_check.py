@@ -9,7 +9,7 @@ import torch
 from checkpoint_parts import autoencoder, clip_l, stable_diffusion
 from controlnets import flux_bfl
 from encoders import ENCODERS
-from encoders.encoder import TOWERS, small_towers, write_encoder
+from encoders.encoder import TOWERS, load_encoder, small_towers, write_encoder
 from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, random_weights, shrunken_detection
 from host_formats import in_host_format
@@ -247,8 +247,7 @@ def test_a_whole_encoder_has_no_notes(name, tmp_path):
     encoder = ENCODERS[name]
     with small_towers(encoder):
         write_encoder(tmp_path / "a.gguf", encoder, encoder_weights(encoder))
-        clip = load_text_encoder([str(tmp_path / "a.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "a.gguf", encoder)
     assert all(any(marker in note for marker in encoder.markers)
                for note in load_notes(clip.patcher))
 
@@ -299,7 +298,6 @@ def test_an_encoder_loads_without_its_tower_and_its_training(write, tmp_path):
         else:
             markers = {key: torch.zeros(shape) for key, shape in encoder.markers.items()}
             safetensors(path, markers | encoder.published(weights) | dict(encoder.extra))
-        clip = load_text_encoder([str(path)], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(path, encoder)
     assert not any("lacks" in note or "zeros" in note for note in load_notes(clip.patcher)
                    if not any(marker in note for marker in encoder.markers))

@@ -7,13 +7,20 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.clip import CLIP_SMALL, fused, of_open_clip
-from encoders.encoder import TOKENS, as_it_is, host_clip, random_weights, rounded, text_model
+from encoders.encoder import (
+    TOKENS,
+    as_it_is,
+    host_clip,
+    load_encoder,
+    random_weights,
+    rounded,
+    text_model,
+)
 from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, strip_prefix
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -71,10 +78,6 @@ def exact(encoder):
     return {name: rounded(values) for name, values in random_weights(encoder).items()}
 
 
-def load(path, encoder):
-    return load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options)
-
-
 @pytest.mark.parametrize("name", ["clip-l", "clip-h", "clip-g"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_what_the_dense_model_gives(name, form, tmp_path):
@@ -82,7 +85,7 @@ def test_every_form_gives_what_the_dense_model_gives(name, form, tmp_path):
     weights = exact(encoder)
     if "open_clip" in form:
         weights["text_projection.weight"] = rounded(weights["text_projection.weight"].t()).t()
-    clip = load(write(tmp_path / "clip.gguf", encoder, weights, FORMS[form]), encoder)
+    clip = load_encoder(write(tmp_path / "clip.gguf", encoder, weights, FORMS[form]), encoder)
     for found, expected in zip(states(clip), states(host_clip(encoder, weights))):
         assert relative_error(found, expected) < 1e-4
     matrices = {
@@ -103,7 +106,8 @@ def test_query_key_and_value_are_rows_of_the_packed_weight(tmp_path):
     seen = write_gguf(tmp_path / "clip.gguf", stored, lambda name, values: "Q4_K"
                       if values.ndim == 2 else "F32", "pig")
     expected = host_clip(encoder, {name: torch.from_numpy(values) for name, values in seen.items()})
-    for found, state in zip(states(load(str(tmp_path / "clip.gguf"), encoder)), states(expected)):
+    clip = load_encoder(tmp_path / "clip.gguf", encoder)
+    for found, state in zip(states(clip), states(expected)):
         assert relative_error(found, state) < 1e-4
 
 
@@ -131,7 +135,7 @@ def test_long_clip_takes_long_prompts(tmp_path):
                                   config={**CLIP_SMALL, "max_position_embeddings": 248})
     weights = exact(encoder)
     clips = (
-        load(write(tmp_path / "clip.gguf", encoder, weights), encoder),
+        load_encoder(write(tmp_path / "clip.gguf", encoder, weights), encoder),
         host_clip(encoder, weights),
     )
     prompt = "a (red:1.3) fox " * 50

@@ -6,8 +6,10 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import (
+    error_of,
     hidden_states,
     host_clip,
+    load_encoder,
     random_weights,
     rounded,
     shapes_of,
@@ -28,10 +30,6 @@ pytestmark = pytest.mark.usefixtures("small_models")
 
 LLAMA, GPT_OSS = ENCODERS["llama-3-8b"], ENCODERS["gpt-oss-20b"]
 EXPERTS = "layers.1.mlp.experts.down_proj.weight"
-
-
-def load(path, encoder):
-    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -65,13 +63,7 @@ def test_rows_packed_with_k_quants_go_back_to_where_they_were(tmp_path):
         name: tensor.dequantize() if is_packed(tensor) else tensor
         for name, tensor in converted.items()
     }
-    assert (
-        relative_error(
-            hidden_states(load(tmp_path / "encoder.gguf", LLAMA)),
-            hidden_states(host_clip(LLAMA, dense)),
-        )
-        < 1e-4
-    )
+    assert error_of(load_encoder(tmp_path / "encoder.gguf", LLAMA), LLAMA, dense) < 1e-4
 
 
 def test_hunyuan_video_takes_llama_beside_clip(tmp_path):
@@ -95,7 +87,7 @@ def test_ministral_writes_what_the_dense_model_writes(tmp_path):
     weights = random_weights(encoder)
     write_encoder(tmp_path / "encoder.gguf", encoder, weights)
     written = []
-    for clip in (load(tmp_path / "encoder.gguf", encoder), host_clip(encoder, weights)):
+    for clip in (load_encoder(tmp_path / "encoder.gguf", encoder), host_clip(encoder, weights)):
         written.append(clip.generate(clip.tokenize("a cat"), do_sample=False, max_length=4))
     assert written[0] == written[1]
 
@@ -113,17 +105,17 @@ def experts_in_mxfp4(tmp_path):
 
 def test_experts_stay_mxfp4(experts_in_mxfp4):
     path, weights = experts_in_mxfp4
-    clip = load(path, GPT_OSS)
+    clip = load_encoder(path, GPT_OSS)
     for block in text_model(clip).transformer.layers:
         for bank in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             assert bank.weight.params.format.name == "MXFP4"
-    assert relative_error(hidden_states(clip), hidden_states(host_clip(GPT_OSS, weights))) < 1e-4
+    assert error_of(clip, GPT_OSS, weights) < 1e-4
 
 
 def test_a_patch_on_experts_is_exact(experts_in_mxfp4):
     path, weights = experts_in_mxfp4
     change = torch.randn(weights[EXPERTS].shape, generator=torch.Generator().manual_seed(1)) * 0.1
-    clip = load(path, GPT_OSS).clone()
+    clip = load_encoder(path, GPT_OSS).clone()
     before = hidden_states(clip)
     clip.patcher.add_patches({f"gpt_oss.transformer.{EXPERTS}": ("diff", (change,))}, 1.0)
     after = hidden_states(clip)
@@ -136,7 +128,7 @@ def test_a_file_without_its_tokenizer_is_refused(tmp_path):
     write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
     with pytest.raises(WeightFileError,
                        match=r"encoder\.gguf has no tokenizer\.ggml\.tokens in its metadata"):
-        load(tmp_path / "encoder.gguf", encoder)
+        load_encoder(tmp_path / "encoder.gguf", encoder)
 
 
 def test_a_llama_of_another_width_is_refused(tmp_path):
@@ -150,4 +142,4 @@ def test_a_llama_of_another_width_is_refused(tmp_path):
     encoder = dataclasses.replace(LLAMA, changed=lambda weights: weights)
     write_encoder(tmp_path / "llama-1b.gguf", encoder, weights)
     with pytest.raises(WeightFileError, match="holds no text encoder that this ComfyUI knows"):
-        load(tmp_path / "llama-1b.gguf", encoder)
+        load_encoder(tmp_path / "llama-1b.gguf", encoder)

@@ -12,8 +12,10 @@ from comfy.text_encoders import lt
 from encoders import ENCODERS
 from encoders.encoder import (
     TOKENS,
+    error_of,
     hidden_states,
     host_clip,
+    load_encoder,
     random_weights,
     rounded,
     seeded,
@@ -48,11 +50,8 @@ def test_k_quants_give_the_hidden_states_of_their_values(name, tmp_path):
         for host_name in [host_name for host_name, values in weights.items() if values.ndim == 2]:
             weights[host_name] = torch.from_numpy(stored[names.get_name(
                 host_name, try_suffixes=(".weight",))])
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
-        assert (
-            relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
-        )
+        clip = load_encoder(tmp_path / "gemma.gguf", encoder)
+        assert error_of(clip, encoder, weights) < 1e-4
 
 
 @pytest.fixture
@@ -76,8 +75,7 @@ def test_no_embedding_table_is_dequantized_while_it_is_loaded_and_a_prompt_is_en
                                   config={**ENCODERS[name].config, "vocab_size": 8192})
     with small_towers(encoder):
         write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "gemma.gguf", encoder)
         hidden_states(clip)
     tables = {
         name: tensor for name, tensor in text_model(clip).transformer.state_dict().items()
@@ -99,8 +97,7 @@ def test_text_is_written_as_by_the_dense_model_with_the_table_dequantized_in_sli
         weights = random_weights(encoder)
         write_encoder(tmp_path / "gemma.gguf", encoder, weights)
         clips = [
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                              model_options=encoder.model_options),
+            load_encoder(tmp_path / "gemma.gguf", encoder),
             host_clip(encoder, weights)
         ]
     prompt = {encoder.config_of: [[(token, 1.0) for token in TOKENS]]}
@@ -116,9 +113,8 @@ def test_a_table_without_the_rows_that_have_no_token_is_enough(tmp_path):
     tokens = 251  # of 256
     write_encoder(tmp_path / "gemma.gguf", encoder, weights | {
         "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:tokens]})
-    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                             model_options=encoder.model_options)
-    assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
+    clip = load_encoder(tmp_path / "gemma.gguf", encoder)
+    assert error_of(clip, encoder, weights) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["gemma-4-e2b", "gemma-4-e4b"])
@@ -134,11 +130,8 @@ def test_layers_that_share_keys_and_values_need_none_of_their_own(name, tmp_path
         }
         assert len(weights) - len(kept) > 9
         write_encoder(tmp_path / "gemma.gguf", encoder, kept)
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
-        assert (
-            relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights))) < 1e-4
-        )
+        clip = load_encoder(tmp_path / "gemma.gguf", encoder)
+        assert error_of(clip, encoder, weights) < 1e-4
 
 
 def test_a_gemma_of_a_size_that_the_host_does_not_have_is_told(tmp_path):

@@ -7,8 +7,9 @@ from encoders import qwen, qwen35, qwen_vl
 from encoders.encoder import (
     TOKENS,
     TOWERS,
+    error_of,
     hidden_states,
-    host_clip,
+    load_encoder,
     random_weights,
     small_towers,
     text_model,
@@ -26,11 +27,6 @@ from featherweight.ops.tensor.packed_layout import is_packed
 pytestmark = pytest.mark.usefixtures("small_models")
 
 ALL = {**qwen.ENCODERS, **qwen_vl.ENCODERS, **qwen35.ENCODERS}
-
-
-def load(path, encoder, **options):
-    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options,
-                             **options)
 
 
 def picture(height=160, width=128):
@@ -63,7 +59,7 @@ def test_k_quants_give_the_hidden_states_of_the_same_values_dequantized(
     encoder, path = ALL[name], tmp_path / "encoder.gguf"
     with small_towers(encoder):
         write_encoder(path, encoder, random_weights(encoder), packed_type)
-        packed, plain = load(path, encoder), load(dequantized(path), encoder)
+        packed, plain = load_encoder(path, encoder), load_encoder(dequantized(path), encoder)
     layers = text_model(packed).transformer.model.layers
     assert all(is_packed(value) for value in layers.state_dict().values() if value.ndim == 2)
     assert relative_error(hidden_states(packed), hidden_states(plain)) < 1e-4
@@ -74,12 +70,7 @@ def test_plain_weights_are_reordered_as_packed_ones_are(tmp_path):
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights, "F32")
-        assert (
-            relative_error(
-                hidden_states(load(path, encoder)), hidden_states(host_clip(encoder, weights))
-            )
-            < 1e-4
-        )
+        assert error_of(load_encoder(path, encoder), encoder, weights) < 1e-4
 
 
 def a_file(width: int, layers: int) -> dict[str, torch.Tensor]:
@@ -137,8 +128,8 @@ def test_qwen3_vl_without_its_tower_reads_as_it_does_with_one(tmp_path):
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights, metadata={"qwen3vl.n_deepstack_layers": 3})
-        seeing = load(path, encoder)
-    blind = load(path, encoder, mmproj=None)
+        seeing = load_encoder(path, encoder)
+    blind = load_encoder(path, encoder, mmproj=None)
     assert torch.equal(hidden_states(blind), hidden_states(seeing))
 
 
@@ -209,7 +200,7 @@ def test_a_tower_is_seen_through_with_its_place_in_a_larger_file_before_its_name
         }
         write_gguf(tmp_path / "tower.gguf", stored, type_of=lambda name, values: "F32",
                    architecture=None)
-        clip = load(path, encoder, mmproj=str(tmp_path / "tower.gguf"))
+        clip = load_encoder(path, encoder, mmproj=str(tmp_path / "tower.gguf"))
     tokens = [*TOKENS[:3], picture()]
     assert hidden_states(clip, tokens).shape[1] > len(tokens)
 

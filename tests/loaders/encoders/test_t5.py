@@ -14,6 +14,7 @@ from encoders.encoder import (
     hidden_states,
     host_clip,
     in_gguf_names,
+    load_encoder,
     random_weights,
     rounded,
     seeded,
@@ -74,12 +75,6 @@ JINA = (
 )
 
 
-def load(path, name, **options):
-    encoder = ENCODERS[name]
-    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options,
-                             **options)
-
-
 @pytest.mark.parametrize(
     ("architecture", "packed_type"),
     [("pig", "Q4_K"), (None, "Q6_K"), ("t5", "IQ4_XS"), ("llama", "F16")],
@@ -94,10 +89,8 @@ def test_the_architecture_a_file_names_does_not_matter(architecture, packed_type
     names = dict(zip(weights, seen))
     expected = host_clip(encoder,
                          {ours: torch.from_numpy(seen[theirs]) for ours, theirs in names.items()})
-    assert (
-        relative_error(hidden_states(load(tmp_path / "t5.gguf", "t5-xxl")), hidden_states(expected))
-        < 1e-4
-    )
+    found = load_encoder(tmp_path / "t5.gguf", encoder)
+    assert relative_error(hidden_states(found), hidden_states(expected)) < 1e-4
 
 
 def test_of_a_whole_model_only_the_encoder_is_used(tmp_path, caplog):
@@ -172,7 +165,7 @@ def test_prompts_are_tokenized_by_the_tokenizer_in_the_file(name, tmp_path):
     encoder = ENCODERS[name]
     weights = random_weights(encoder)
     write_encoder(tmp_path / "umt5.gguf", encoder, weights)
-    clips = load(tmp_path / "umt5.gguf", name), host_clip(encoder, weights)
+    clips = load_encoder(tmp_path / "umt5.gguf", encoder), host_clip(encoder, weights)
     found, expected = (clip.encode_from_tokens(clip.tokenize("a (red:1.2) fox")) for clip in clips)
     assert relative_error(found, expected) < 1e-4
 
@@ -255,7 +248,7 @@ def test_a_umt5_without_its_tokenizer_is_refused(name, tmp_path):
         })
     with pytest.raises(WeightFileError,
                        match="umt5.gguf has no tokenizer.ggml.model in its metadata"):
-        load(tmp_path / "umt5.gguf", name)
+        load_encoder(tmp_path / "umt5.gguf", ENCODERS[name])
 
 
 def test_a_t5_for_which_the_type_has_no_use_is_refused(tmp_path):

@@ -9,7 +9,14 @@ import gguf
 import pytest
 import torch
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model
+from encoders.encoder import (
+    hidden_states,
+    host_clip,
+    load_encoder,
+    random_weights,
+    small_towers,
+    text_model,
+)
 from families import FAMILIES, host_patcher, relative_error
 from families import random_weights as family_weights
 from families import run as run_family
@@ -34,7 +41,6 @@ from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.registry import quantizer_of
 from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed
@@ -183,7 +189,7 @@ def test_a_text_encoder_in_the_hosts_names_gives_the_states_of_its_dense_values(
                 stored |= named(weight.removesuffix(".weight"), parts)
         extra = {key: value for key, value in encoder.extra.items() if value.dtype in TYPES}
         path = write(tmp_path / "model.gguf", stored | extra, marks)
-        packed = load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options)
+        packed = load_encoder(path, encoder)
         layers = [module for module in text_model(packed).transformer.modules()
                   if isinstance(module, PackedLayer) and is_packed(module.weight)]
         assert len(layers) >= len(marks) >= 10

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoint_parts import autoencoder
 from encoders import ENCODERS
-from encoders.encoder import random_weights, small_towers, write_encoder
+from encoders.encoder import load_encoder, random_weights, small_towers, write_encoder
 from packed_files import PACKED_FILES
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
@@ -29,7 +29,6 @@ from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
@@ -160,8 +159,7 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name):
         write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
         for path in tmp_path.iterdir():
             os.utime(path, ns=(0, 0))
-        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "encoder.gguf", encoder)
     clip.patcher.model.packed_patches.check_source()
     overwritten(tmp_path / name)
     with pytest.raises(WeightFileError, match=f"^{name} was written to"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from encoders import ENCODERS
+from encoders.encoder import load_encoder, small_towers, write_encoder
 from encoders.encoder import random_weights as encoder_weights
-from encoders.encoder import small_towers, write_encoder
 from families import FAMILIES, random_weights, shrunken_detection
 from packed_files import write_q8_0
 from patched_models import relative
@@ -28,7 +28,6 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.model_patch import load_model_patch
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -70,8 +69,7 @@ def of_encoder(name: str) -> Model:
     encoder = ENCODERS[name]
     return Model(
         lambda: encoder_weights(encoder),
-        lambda path: load_text_encoder([path], encoder.clip_type,
-                                       model_options=encoder.model_options),
+        lambda path: load_encoder(path, encoder),
         lambda path, weights: write_encoder(path, encoder, weights),
         lambda monkeypatch: small_towers(encoder),
         (*(marker.replace("language_model.", "") for marker in encoder.markers),

@@ -21,6 +21,7 @@ from encoders.encoder import TOKENS as IDS
 from encoders.encoder import (
     hidden_states,
     host_clip,
+    load_encoder,
     small_towers,
     text_model,
     write_encoder,
@@ -86,8 +87,7 @@ def test_of_no_encoder_comfyui_reads_a_packed_weight_past_its_layer(name, packed
     encoder = ENCODERS[name]
     with small_towers(encoder):
         write_encoder(tmp_path / "encoder.gguf", encoder, encoder_weights(encoder), "F16")
-        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "encoder.gguf", encoder)
         hidden_states(clip)
         if "qwen3.5" in name:  # reads more where it writes text
             clip.generate({encoder.config_of: [[(token, 1.0) for token in IDS]]}, do_sample=False,
@@ -250,8 +250,7 @@ def test_a_patch_on_a_large_table_is_in_what_comfyui_multiplies_with_it(kind, na
     with small_towers(encoder):
         weights = encoder_weights(encoder)
         write_encoder(tmp_path / "encoder.gguf", encoder, weights)
-        clips = [load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                                   model_options=encoder.model_options),
+        clips = [load_encoder(tmp_path / "encoder.gguf", encoder),
                  host_clip(encoder, weights)]
     rows, columns = weights[key].shape
     generator = torch.Generator().manual_seed(3)

@@ -11,6 +11,7 @@ from encoders import ENCODERS
 from encoders.encoder import (
     hidden_states,
     host_clip,
+    load_encoder,
     random_weights,
     small_towers,
     text_model,
@@ -45,8 +46,7 @@ def packed_and_dense(name, tmp_path):
         weights = random_weights(encoder)
         path = tmp_path / "encoder.gguf"
         write_encoder(path, encoder, weights)
-        packed = load_text_encoder([str(path)], encoder.clip_type,
-                                   model_options=encoder.model_options)
+        packed = load_encoder(path, encoder)
         yield packed, host_clip(encoder, weights)
 
 
@@ -74,8 +74,7 @@ def test_rows_of_a_table_that_belong_to_no_token_of_the_model_are_cut(name, suff
             write_encoder(path, encoder, longer)
         else:
             save_file({key: value.contiguous().clone() for key, value in longer.items()}, path)
-        clip = load_text_encoder([str(path)], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(path, encoder)
         host = host_clip(encoder, weights)
         assert relative_error(hidden_states(clip), hidden_states(host)) < 1e-4
 
@@ -85,8 +84,7 @@ def test_a_token_that_a_short_table_lacks_is_a_sentence(tmp_path):
     with small_towers(encoder):
         weights = with_other_tables(encoder, random_weights(encoder), lambda table: table[:3])
         write_encoder(tmp_path / "encoder.gguf", encoder, weights)
-        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "encoder.gguf", encoder)
         with pytest.raises(ValueError, match=r"vectors of 3 tokens, and the text has token \d+"):
             hidden_states(clip)
 
@@ -160,7 +158,7 @@ def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monke
     path = tmp_path / "encoder.gguf"
     write_encoder(path, encoder, random_weights(encoder))
     for _ in range(2):
-        load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+        load_encoder(path, encoder)
     assert len(made) == 1
 
 
@@ -170,7 +168,7 @@ def test_few_tokenizers_are_kept(tmp_path):
     write_encoder(path, encoder, random_weights(encoder))
     for time in range(encoder_file.TOKENIZERS_KEPT + 1):
         os.utime(path, (time, time))
-        load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+        load_encoder(path, encoder)
     assert len(encoder_file.TOKENIZERS) == encoder_file.TOKENIZERS_KEPT
 
 
@@ -205,8 +203,7 @@ def test_a_damaged_mmproj_that_nobody_picked_is_named_and_does_no_harm(tmp_path,
         for other in tmp_path.glob("*mmproj*"):
             other.unlink()
         (tmp_path / "mmproj-encoder.gguf").write_bytes(b"GGUF")
-        assert load_text_encoder([str(path)], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        assert load_encoder(path, encoder)
     assert "mmproj-encoder.gguf" in caplog.text
 
 

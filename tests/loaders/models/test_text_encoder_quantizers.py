@@ -10,14 +10,20 @@ import pytest
 import torch
 from conformance.mlx import affine_parts
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model
+from encoders.encoder import (
+    hidden_states,
+    host_clip,
+    load_encoder,
+    random_weights,
+    small_towers,
+    text_model,
+)
 from families import relative_error
 from mflux_models import LEVEL, VERSION
 from quantizer_writers import awq, gptq, pack_quantized, quantized_state_dict, save_config
 from safetensors.torch import save_file
 from sdnq_writer import write_folder
 
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -128,8 +134,7 @@ def test_an_encoder_gives_the_hidden_states_of_its_dense_values(who, name, tmp_p
         markers = {key: torch.zeros(shape) for key, shape in encoder.markers.items()}
         values = write(tmp_path, weights, markers | dict(encoder.extra))
         path = next(tmp_path.iterdir()) if who == "Nunchaku" else tmp_path
-        packed = load_text_encoder([str(path)], encoder.clip_type,
-                                   model_options=encoder.model_options)
+        packed = load_encoder(path, encoder)
         layers = [module for module in text_model(packed).transformer.modules()
                   if isinstance(module, PackedLayer) and is_packed(module.weight)]
         assert len(layers) >= 10

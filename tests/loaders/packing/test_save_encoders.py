@@ -4,12 +4,17 @@ import pytest
 import torch
 from comfy.sd import CLIPType, load_text_encoder_state_dicts
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, random_weights, small_towers, write_encoder
+from encoders.encoder import (
+    hidden_states,
+    load_encoder,
+    random_weights,
+    small_towers,
+    write_encoder,
+)
 from encoders.t5 import spiece_model
 from families import relative_error
 from saving import SIBLINGS, save, with_markers
 
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import source_of_encoders
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -35,12 +40,10 @@ def test_a_saved_encoder_loads_again_and_takes_a_text_apart_as_before(name, kind
         )
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights)
-        clip = load_text_encoder([str(path)], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(path, encoder)
         (source,) = source_of_encoders(clip).values()
         save(with_markers(source, encoder, weights), saved, kind)
-        again = load_text_encoder([str(saved)], encoder.clip_type,
-                                  model_options=encoder.model_options, mmproj=None)
+        again = load_encoder(saved, encoder, mmproj=None)
         assert type(again.tokenizer).__name__ == type(clip.tokenizer).__name__
         assert again.tokenize(TEXT) == clip.tokenize(TEXT)
         if kind == "Q8_0":

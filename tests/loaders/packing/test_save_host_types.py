@@ -21,7 +21,7 @@ from comfy_kitchen.tensor import convrot_w4a4 as kitchen
 from controlnets import flux_bfl
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from encoders import ENCODERS
-from encoders.encoder import hidden_states, small_towers, write_encoder
+from encoders.encoder import hidden_states, load_encoder, small_towers, write_encoder
 from encoders.encoder import random_weights as random_encoder
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
@@ -39,7 +39,6 @@ from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
@@ -302,8 +301,7 @@ def test_the_host_loads_every_text_encoder(tmp_path, name, kind):
     with small_towers(encoder):
         weights = random_encoder(encoder)
         write_encoder(tmp_path / "encoder.gguf", encoder, weights)
-        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
+        clip = load_encoder(tmp_path / "encoder.gguf", encoder)
         (source,) = source_of_encoders(clip).values()
         saved = save(with_markers(source, encoder, weights), tmp_path / "a.safetensors", kind)
         again = comfy.sd.load_clip(

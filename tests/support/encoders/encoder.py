@@ -21,8 +21,10 @@ import pytest
 import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
+from families import relative_error
 
 from devtools.files.gguf_files import K_QUANTS, dequantize, pack, quantize, random_rows, write_gguf
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 # What comes in an mmproj file.
 TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.", "visual.")
@@ -125,6 +127,12 @@ def host_clip(encoder: Encoder, weights: Weights) -> comfy.sd.CLIP:
         clip_type=getattr(comfy.sd.CLIPType, encoder.clip_type.upper()),
         model_options=encoder.model_options,
     )
+
+
+def load_encoder(path, encoder: Encoder, **options) -> comfy.sd.CLIP:
+    """What the pack makes of a file."""
+    return load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options,
+                             **options)
 
 
 def text_model(clip: comfy.sd.CLIP) -> SDClipModel | LensGptOssClipModel:
@@ -237,3 +245,8 @@ def hidden_states(clip: comfy.sd.CLIP, tokens=TOKENS) -> torch.Tensor:
         embeds = SDClipModel.process_tokens(model, [tokens], torch.device("cpu"))[0]
         ids = torch.tensor([[token for token in tokens if isinstance(token, int)]])
         return model.transformer.model(None, embeds=embeds, input_ids=ids)[0]
+
+
+def error_of(clip: comfy.sd.CLIP, encoder: Encoder, weights: Weights) -> float:
+    """The relative error of `hidden_states` against those of the host's own model."""
+    return relative_error(hidden_states(clip), hidden_states(host_clip(encoder, weights)))
