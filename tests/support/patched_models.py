@@ -77,6 +77,12 @@ def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor
     return path, {name: torch.tensor(values) for name, values in seen.items()}
 
 
+def dense_of(values: dict[str, torch.Tensor]):
+    """The host's dense model of these values, which it may change."""
+    return comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in values.items()})
+
+
 def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
     """The host's own dense model of the same values, on the CPU, where it applies patches in
     float32."""

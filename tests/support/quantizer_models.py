@@ -64,6 +64,7 @@ QUANTIZED_MODELS = {
     "compressed-tensors blocks": (of_llm_compressor, {
         "quant_method": "compressed-tensors", "config_groups": {"group_0": {
             "weights": {"strategy": "block", "block_structure": [128, 128]}}}}, None),
+    "fp8": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
     "auto-round mxfp8": (mxfp8, {"quant_method": "auto-round"}, None),
     "gptqmodel 7 bits": (functools.partial(gptq, bits=7, stored_less=0, join=bit_planes), {
         "quant_method": "gptq", "checkpoint_format": "gptq_p"}, None),

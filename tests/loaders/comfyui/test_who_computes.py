@@ -16,6 +16,7 @@ from host_formats import ASYMMETRIC, in_host_format
 from packed_files import write_host_format
 from patched_models import (
     LIMIT,
+    dense_of,
     error_by_effect,
     lora_for,
     patched,
@@ -73,11 +74,6 @@ def written(format_name: str, folder) -> tuple[str, dict]:
 def folder(tmp_path_factory):
     yield tmp_path_factory.mktemp("host_formats")
     written.cache_clear()
-
-
-def dense_of(values):
-    return comfy.sd.load_diffusion_model_state_dict(
-        {name: value.clone() for name, value in values.items()})
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

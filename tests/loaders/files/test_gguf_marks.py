@@ -4,7 +4,6 @@ import json
 import random
 import re
 
-import comfy.sd
 import gguf
 import pytest
 import torch
@@ -24,6 +23,7 @@ from kernel_writer import write_kernel
 from patched_models import (
     LIMIT,
     adapter,
+    dense_of,
     error_by_effect,
     kohya,
     lora_for,
@@ -146,8 +146,7 @@ def marked_flux(case, path):
         if tensor.ndim == 2 and tensor.shape[1] % 256 == 0 and "_blocks." in name:
             parts, marks[name], values[name] = WRITERS[case](tensor)
             stored |= named(name.removesuffix(".weight"), parts)
-    dense = comfy.sd.load_diffusion_model_state_dict(
-        {name: value.clone() for name, value in values.items()})
+    dense = dense_of(values)
     return write(path, stored, marks), values, dense, len(marks)
 
 

@@ -16,10 +16,19 @@ from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
 from patched_models import KINDS as LORA_KINDS
-from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patched, relative, run
+from patched_models import (
+    LIMIT,
+    dense_of,
+    error_by_effect,
+    lora_for,
+    packed_layers,
+    patched,
+    relative,
+    run,
+    tiny_flux,
+)
 from safetensors.torch import load_file, save_file
 
-from devtools.files import tiny_models
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.ops.patcher import PackedPatcher
@@ -42,17 +51,6 @@ pytestmark = pytest.mark.usefixtures("small_models")
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "model.safetensors")
-
-
-def flux(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A Flux of one double and one single block; 19 matrices."""
-    values = tiny_models.flux(seed, hidden=256, double_blocks=1, single_blocks=1, context=256)
-    return {name: torch.from_numpy(value) for name, value in values.items()}
-
-
-def dense(seen):
-    return comfy.sd.load_diffusion_model_state_dict(
-        {name: value.clone() for name, value in seen.items()})
 
 
 def as_in_diffusers(name: str):
@@ -89,11 +87,11 @@ def write_folder(folder, tensors, shards: int, config=None, **kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_file_runs_as_in_the_host_and_stays_packed(kind, path, caplog):
-    seen = write_bnb(path, flux(), **KINDS[kind])
+    seen = write_bnb(path, tiny_flux(), **KINDS[kind])
     with caplog.at_level(logging.INFO):
         patcher = load_diffusion_model(path)
     assert f"{len(seen)} tensors (F32 {len(seen) - 19}, {kind[:3]} 19)" in caplog.text
-    assert relative(run(patcher), run(dense(seen))) < 1e-5
+    assert relative(run(patcher), run(dense_of(seen))) < 1e-5
     assert len(packed_layers(patcher)) == 19
     # Double-quantised scales are held as float32: 4 bytes for 64 values in place of 1.
     values = sum(value.numel() for value in seen.values())
@@ -117,20 +115,20 @@ for path in {paths!r}:
 
 def test_bitsandbytes_is_not_needed(tmp_path):
     writers = {"nf4.safetensors": write_bnb, "int8.safetensors": write_bnb_int8}
-    seen = {str(tmp_path / name): write(tmp_path / name, flux())
+    seen = {str(tmp_path / name): write(tmp_path / name, tiny_flux())
             for name, write in writers.items()}
     folders = [os.path.dirname(comfyui_and_pack.__file__)]
     script = WITHOUT_BITSANDBYTES.format(paths=list(seen), folders=folders)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for path, values in seen.items():
-        assert relative(torch.load(f"{path}.pt"), run(dense(values))) < 1e-5
+        assert relative(torch.load(f"{path}.pt"), run(dense_of(values))) < 1e-5
 
 
 @pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("fp4", False)])
 def test_loras_of_every_kind_are_exact(quant_type, nested, path):
-    seen = write_bnb(path, flux(), quant_type, nested=nested)
-    patcher, reference = load_diffusion_model(path), dense(seen)
+    seen = write_bnb(path, tiny_flux(), quant_type, nested=nested)
+    patcher, reference = load_diffusion_model(path), dense_of(seen)
     without = run(reference)
     stacks = {kind: [(lora_for(seen, kind), 0.8)] for kind in LORA_KINDS}
     stacks["stack"] = [*stacks["lora"], *stacks["dora"]]
@@ -161,9 +159,9 @@ def test_a_folder_of_diffusers_runs_packed(name, kind, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_int8_runs_the_float_product_of_its_values(prefix, path):
-    seen = write_bnb_int8(path, flux(), prefix=prefix)
+    seen = write_bnb_int8(path, tiny_flux(), prefix=prefix)
     patcher = load_diffusion_model(path)
-    assert relative(run(patcher), run(dense(seen))) < 1e-6
+    assert relative(run(patcher), run(dense_of(seen))) < 1e-6
     assert len(packed_layers(patcher)) == 19 and patcher.model_size() <= 1.02 * os.path.getsize(
         path
     )
@@ -183,7 +181,7 @@ def test_files_without_packed_weights_are_the_hosts(path):
     save_file(
         {
             name: value.bfloat16() if value.ndim == 2 else value
-            for name, value in flux().items()
+            for name, value in tiny_flux().items()
         }, path)
     assert not needs_own_reader(path)
     patcher = load_diffusion_model(path)

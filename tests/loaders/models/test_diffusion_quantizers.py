@@ -2,10 +2,9 @@
 host's dense model of the same values."""
 from pathlib import Path
 
-import comfy.sd
 import pytest
 import torch
-from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run
+from patched_models import LIMIT, dense_of, error_by_effect, lora_for, patched, relative, run
 from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
 from safetensors.torch import load_file, save_file
 
@@ -24,18 +23,13 @@ def model(request, tmp_path):
     return str(tmp_path), write_quantized_flux(tmp_path, request.param)
 
 
-def dense_model(values):
-    return comfy.sd.load_diffusion_model_state_dict(
-        {name: value.clone() for name, value in values.items()})
-
-
 @pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
 def test_a_model_draws_what_its_dense_values_draw(model):
     path, values = model
     assert needs_own_reader(path)
     ours = load_diffusion_model(path)
     assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 13
-    assert relative(run(ours), run(dense_model(values))) < 1e-5
+    assert relative(run(ours), run(dense_of(values))) < 1e-5
 
 
 @pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
@@ -52,11 +46,11 @@ def test_a_model_takes_no_more_memory_than_its_file(model):
 
 @pytest.mark.parametrize("model", [
     "gptq", "gptq act-order", "gptqmodel 7 bits", "compressed-tensors", "compressed-tensors 5 bits",
-    "compressed-tensors mxfp4", "compressed-tensors mxfp6", "compressed-tensors blocks",
+    "compressed-tensors mxfp4", "compressed-tensors mxfp6", "compressed-tensors blocks", "fp8",
     "auto-round mxfp8", "modelopt svdquant"], indirect=True)
 def test_two_loras_are_exact(model):
     path, values = model
-    ours, dense = load_diffusion_model(path), dense_model(values)
+    ours, dense = load_diffusion_model(path), dense_of(values)
     loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
     expected = run(patched(dense, *loras))
     assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT

@@ -25,6 +25,7 @@ from families import run as run_family
 from host_formats import ASYMMETRIC, HOST_FORMATS, in_host_format
 from patched_models import (
     LIMIT,
+    dense_of,
     error_by_effect,
     flux_file,
     folder,
@@ -291,8 +292,7 @@ def test_of_a_checkpoint_the_model_is_packed_and_the_rest_stays(source, tmp_path
     assert any("attn1.to_q" in name for name in packed)
     for name in packed:
         assert_same_bytes(weights_of(found)[name], seen[name], "Q8_0")
-    dense = comfy.sd.load_diffusion_model_state_dict(
-        {name: values.clone() for name, values in seen.items()})
+    dense = dense_of(seen)
     assert (
         relative_error(run_family(found, FAMILIES["sd1.5"]), run_family(dense, FAMILIES["sd1.5"]))
         < 0.02
