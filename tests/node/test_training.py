@@ -11,7 +11,7 @@ import nunchaku_writer
 import pytest
 import torch
 from comfy_extras import nodes_train
-from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
+from diffusers_names import in_diffusers_names, in_the_hosts_names
 from families import (
     FAMILIES,
     random_weights,
@@ -21,6 +21,7 @@ from families import (
 )
 from host_nodes import Case, Setting, execute
 from model_folders import use_folder
+from nunchaku_models import table_of
 from packed_files import PACKED_FILES, write_q8_0
 from quantizer_writers import gptq, quantized_state_dict, save_config
 from safetensors.torch import save_file
@@ -189,14 +190,6 @@ def test_every_family_of_models_trains_as_dense(name, lora_folder, monkeypatch, 
 def write_in_hosts_names(written: str, folder, name: str):
     write, filename = PACKED_FILES[written]
     return folder / filename, write(folder / filename, dict(random_weights(FAMILIES[name])))
-
-
-def table_of(name: str) -> dict:
-    """Name in diffusers -> the host's."""
-    family = FAMILIES[name]
-    if name in DIFFUSERS:
-        return DIFFUSERS[name](family.config)
-    return {key: key for key in random_weights(family)}
 
 
 def write_svdquant(precision: str, folder, name: str):

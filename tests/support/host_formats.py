@@ -19,6 +19,18 @@ OPTIONS = {"float8_e4m3fn": {"scale": "recalculate"}, "float8_e5m2": {"scale": "
 ASYMMETRIC = "asym_w4a8_int8"  # of a newer ComfyUI than the oldest
 
 
+def mark_of(settings) -> torch.Tensor:
+    """A layer's `comfy_quant`. settings: of the layer, or bytes."""
+    text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def saved(path, parts: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Writes the parts of the layer `L`; returns the path."""
+    save_file({f"L.{name}": part.contiguous() for name, part in parts.items()}, path, metadata)
+    return str(path)
+
+
 def in_host_format(name: str, values: torch.Tensor, format_name: str,
                    **config) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What a file holds of one weight (rows, columns), and its dense float32 values; config: goes
@@ -27,10 +39,8 @@ def in_host_format(name: str, values: torch.Tensor, format_name: str,
     Skips the test where the host lacks the format, except for asym_w4a8_int8: then the values are
     others.
     """
-    marker = json.dumps({"format": format_name, **config}).encode()
-    parts = {
-        f"{name.removesuffix('weight')}comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)
-    }
+    mark = mark_of({"format": format_name, **config})
+    parts = {f"{name.removesuffix('weight')}comfy_quant": mark}
     if format_name == ASYMMETRIC and format_name not in QUANT_ALGOS:
         stored = asymmetric_parts(*values.shape)
         named = {f"{name}{part.removeprefix('weight')}": value for part, value in stored.items()}

@@ -1,7 +1,7 @@
 """Writes kernels of convolutions in ComfyUI's own formats, as HSWQ's `native_convert_int8.py`."""
-import json
 
 import torch
+from host_formats import mark_of
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double()
 DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
@@ -37,8 +37,8 @@ def write_kernel(kernel, name="int8_tensorwise", scale="kernels", group=0):
     mark = {"format": name} | ({"convrot": True, "convrot_groupsize": group} if group else {})
     if scale != "one" and SCALES[scale]:
         scales = scales.view(SCALES[scale])
-    return {"weight": codes, "weight_scale": scales, "comfy_quant": torch.tensor(
-        list(json.dumps(mark).encode()), dtype=torch.uint8)}, values.float()
+    return ({"weight": codes, "weight_scale": scales, "comfy_quant": mark_of(mark)},
+            values.float())
 
 
 def write_unet(weights, with_rotation=True):

@@ -2,7 +2,7 @@
 import json
 
 import torch
-from host_formats import in_host_format
+from host_formats import in_host_format, mark_of
 from kernel_writer import rotated
 from patched_models import relative, tiny_flux
 from safetensors.torch import save_file
@@ -69,8 +69,7 @@ def write(path, tensors: Tensors, layers: dict | None = None, marks: dict | None
         metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     tensors = dict(tensors)
     for layer, given in (marks or {}).items():
-        data = given if isinstance(given, bytes) else json.dumps(given).encode()
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(data), dtype=torch.uint8)
+        tensors[f"{layer}.comfy_quant"] = mark_of(given)
     tensors = {prefix + name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, path, metadata)
     return str(path)

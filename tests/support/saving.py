@@ -3,9 +3,11 @@ from collections.abc import Callable
 
 import torch
 
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import SaveOptions, plan_file
 from featherweight.loaders.packing.source import Weight
+from featherweight.ops.tensor.packed_layout import is_packed
 
 # Encoders that differ from another one here only in their sizes.
 SIBLINGS = (
@@ -34,3 +36,9 @@ def with_markers(source, encoder, weights):
         source.weights[name] = Weight(name, name, tuple(values.shape), values,
                                       lambda start, stop, values=values: values[start:stop])
     return source
+
+
+def values_in(path) -> dict[str, torch.Tensor]:
+    """The values of a file, float32."""
+    return {name: tensor.dequantize() if is_packed(tensor) else tensor.float()
+            for name, tensor in open_weights(path).state_dict().items()}

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
-from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_format
+from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_format, mark_of
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
@@ -37,11 +37,6 @@ LOADERS = {
 }
 
 
-def as_bytes(settings) -> torch.Tensor:
-    text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
-    return torch.tensor(list(text), dtype=torch.uint8)
-
-
 def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str = "",
                metadata=None) -> str:
     """Write a small Flux with one layer in these parts. settings: what `comfy_quant` says of it;
@@ -51,7 +46,7 @@ def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str 
     }
     tensors |= {f"{LAYER}.{part}": values for part, values in parts.items()}
     if settings is not None:
-        tensors[f"{LAYER}.comfy_quant"] = as_bytes(settings)
+        tensors[f"{LAYER}.comfy_quant"] = mark_of(settings)
     save_file({prefix + name: values.contiguous() for name, values in tensors.items()}, path,
               metadata)
     return str(path)
@@ -168,7 +163,7 @@ def test_an_unread_format_beside_packed_layers_is_named(tmp_path):
     }
     tensors |= {f"{name}.weight{part}": values for part, values in parts.items()}
     tensors |= {f"{LAYER}.weight": torch.zeros(256, 640, dtype=torch.int8),
-                f"{LAYER}.comfy_quant": as_bytes({"format": "mxfp4"})}
+                f"{LAYER}.comfy_quant": mark_of({"format": "mxfp4"})}
     path = str(tmp_path / "model.safetensors")
     save_file({key: values.contiguous() for key, values in tensors.items()}, path)
     assert "'mxfp4'" in error_of(load_diffusion_model, path)

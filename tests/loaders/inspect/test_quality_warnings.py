@@ -1,8 +1,8 @@
 """What an inspection warns of: files that draw badly, with what to take instead, and no others."""
-import json
 
 import pytest
 import torch
+from host_formats import mark_of
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
@@ -113,13 +113,13 @@ def test_fp8_of_the_weights_themselves_and_fp8_with_scales_are_no_warning(model,
     scale = model[WEIGHT].abs().max() / 448
     scaled = {**model, WEIGHT: (model[WEIGHT] / scale).to(FP8),
               WEIGHT.replace(".weight", ".weight_scale"): scale,
-              WEIGHT.replace(".weight", ".comfy_quant"): mark("float8_e4m3fn")}
+              WEIGHT.replace(".weight", ".comfy_quant"): mark_of({"format": "float8_e4m3fn"})}
     assert not inspect(safetensors(tmp_path, scaled))[0].warnings
 
 
 def test_a_damaged_layer_of_comfyuis_formats_is_named(model, tmp_path):
     damaged = {**model, WEIGHT: (1 + model[WEIGHT]).to(torch.int8),
-               WEIGHT.replace(".weight", ".comfy_quant"): mark("int8_tensorwise")}
+               WEIGHT.replace(".weight", ".comfy_quant"): mark_of({"format": "int8_tensorwise"})}
     warning = the_warning(safetensors(tmp_path, damaged))
     assert warning.startswith("It does not load: model.safetensors")
     assert "double_blocks.0.img_mlp.0" in warning
@@ -129,8 +129,3 @@ def test_a_weight_of_zeros_is_named(model, tmp_path):
     warning = the_warning(safetensors(tmp_path, model | {WEIGHT: torch.zeros_like(model[WEIGHT])}))
     assert warning.startswith(f"1 weight holds nothing but zeros, such as {WEIGHT!r}")
     assert "Download the file again" in warning
-
-
-def mark(quantised_format: str) -> torch.Tensor:
-    text = json.dumps({"format": quantised_format}).encode()
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -14,12 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from patched_models import dense_flux, flux_file, lora_for, patched
-from saving import save
+from saving import save, values_in
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")
@@ -34,11 +32,6 @@ def saved(tmp_path, wanted) -> Path:
     whole = sum(weight.values for weight in source.weights.values())
     return save(source, tmp_path / "model.gguf",
                 int(whole * 0.8) if wanted == SIZE else wanted).path
-
-
-def values_in(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.dequantize() if is_packed(tensor) else tensor.float()
-            for name, tensor in open_weights(path).state_dict().items()}
 
 
 def peers(module: str):

@@ -22,6 +22,7 @@ from comfy.supported_models import SDXL
 from host_formats import in_host_format
 from patched_models import lora_for, relative, tiny_flux
 from safetensors.torch import load_file, save_file
+from saving import values_in
 
 from devtools import ROOT
 from devtools.files import tiny_models
@@ -30,7 +31,6 @@ from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import is_packed
 
 if sys.platform != "win32":
     import resource
@@ -80,11 +80,6 @@ def source(tmp_path_factory):
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in scaled.items()},
               folder / "fp8.safetensors")
     return folder
-
-
-def values_in(path) -> dict[str, torch.Tensor]:
-    return {name: tensor.dequantize() if is_packed(tensor) else tensor.float()
-            for name, tensor in open_weights(path).state_dict().items()}
 
 
 def test_a_file_with_loras_is_packed_and_the_last_line_says_what_came_out(source, tmp_path, pack):

@@ -4,13 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from saving import save
+from saving import save, values_in
 
 from devtools.files.gguf_files import pack, write_all
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.ops.tensor.packed_layout import is_packed
 
 CONVOLUTION, LINEAR = (
     "input_blocks.1.0.in_layers.2.weight",
@@ -32,11 +30,6 @@ def reshaped(request, tmp_path):
     writer.add_tensor("label_emb.0.0.weight", random.standard_normal((64, 64)).astype(np.float16))
     write_all(writer)
     return path, request.param
-
-
-def values_in(path) -> dict[str, torch.Tensor]:
-    return {name: tensor.dequantize() if is_packed(tensor) else tensor.float()
-            for name, tensor in open_weights(path).state_dict().items()}
 
 
 def read_by_gguf_py(path) -> dict[str, torch.Tensor]:

@@ -1,10 +1,9 @@
 """ComfyUI's own quantised formats as packed weights, against comfy-kitchen, which writes them."""
-import json
 
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from host_formats import asymmetric_parts, asymmetric_values, awq_weight
+from host_formats import asymmetric_parts, asymmetric_values, awq_weight, mark_of
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors
@@ -364,8 +363,7 @@ def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):
     for number, name in enumerate(WRITTEN):
         settings, parts, expected[f"{number}.weight"] = written(name, weight)
         tensors |= {f"{number}.{part}": value for part, value in parts.items()}
-        tensors[f"{number}.comfy_quant"] = torch.tensor(list(json.dumps(settings).encode()),
-                                                        dtype=torch.uint8)
+        tensors[f"{number}.comfy_quant"] = mark_of(settings)
         tensors[f"{number}.input_scale"] = torch.tensor(2.0)
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
@@ -442,7 +440,7 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
     parts, expected, main = svdquant_parts()
     settings, bias = SVDQUANT | {"act_unsigned": is_unsigned}, torch.randn(256)
     tensors = {f"a.{name}": part.contiguous() for name, part in FORMS[form](parts).items()}
-    tensors["a.comfy_quant"] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    tensors["a.comfy_quant"] = mark_of(settings)
     path = tmp_path / "model.safetensors"
     save_file(tensors | {"a.bias": bias}, path)
     file = open_weights(path)

@@ -1,13 +1,11 @@
 """Banks of experts in ComfyUI's own formats, in one matrix or one for each expert."""
-import json
 import random
 
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from damaged_marks import assert_refused
-from host_formats import asymmetric_parts, asymmetric_values, in_host_format
-from safetensors.torch import save_file
+from host_formats import asymmetric_parts, asymmetric_values, in_host_format, mark_of, saved
 
 from featherweight.loaders.comfyui.quantized_weights import (
     as_tensors,
@@ -26,10 +24,6 @@ from featherweight.ops.tensor.packed_layout import is_packed
 FORMATS = {
     "int8_tensorwise": {}, "int8_tensorwise, rotated": {"convrot": True}, "convrot_w4a4": {},
     "float8_e4m3fn": {}, "float8_e5m2": {}, "asym_w4a8_int8": {}, "w6a8_int8": {}}
-
-
-def mark_of(settings):
-    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
 def write_bank(case, sizes, is_flat):
@@ -55,11 +49,6 @@ def write_bank(case, sizes, is_flat):
                   for part, tensor in joined.items()}
     settings = {"format": name, "num_experts": experts, **FORMATS[case]}
     return joined | {"comfy_quant": mark_of(settings)}, torch.stack(values)
-
-
-def saved(path, parts):
-    save_file({f"L.{name}": part.contiguous() for name, part in parts.items()}, path)
-    return str(path)
 
 
 @pytest.mark.parametrize("is_flat", [True, False])

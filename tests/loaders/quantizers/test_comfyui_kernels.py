@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from damaged_marks import assert_refused
+from host_formats import mark_of, saved
 from kernel_writer import SCALES, write_kernel
 from safetensors.torch import save_file
 
@@ -17,11 +18,6 @@ from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
-
-
-def saved(path, parts, metadata=None):
-    save_file({f"L.{name}": part.contiguous() for name, part in parts.items()}, path, metadata)
-    return str(path)
 
 
 def random_kernels():
@@ -106,7 +102,7 @@ def test_kernels_without_a_mark_have_scales_too(name, scale, tmp_path):
 
 
 def mark(**settings):
-    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    return mark_of(settings)
 
 
 INT8 = "int8_tensorwise"

@@ -6,6 +6,7 @@ import comfy.ops
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
+from host_formats import mark_of
 
 from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts, row_type_of
 from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
@@ -33,8 +34,7 @@ def of_the_host(settings: dict, parts: dict[str, torch.Tensor],
     """What ComfyUI's own layer saves once it has loaded some parts, and its values."""
     layer = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(
         shape[1], shape[0], bias=False)
-    mark = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-    missing = layer.load_state_dict({**parts, "comfy_quant": mark})
+    missing = layer.load_state_dict({**parts, "comfy_quant": mark_of(settings)})
     assert not any(missing)
     return layer.state_dict(), layer.weight.dequantize()
 

@@ -1,11 +1,10 @@
 """Weights of scales without a mark and of ComfyUI's formats at random widths, groups, signs, zero
 points and extreme codes, each beside the values that its writer means."""
-import json
 import random
 
 import pytest
 import torch
-from host_formats import asymmetric_parts, asymmetric_values
+from host_formats import asymmetric_parts, asymmetric_values, mark_of
 from quantizer_writers import pack_quantized
 from safetensors.torch import save_file
 
@@ -133,9 +132,7 @@ WRITERS = {name.removeprefix("of_"): writer for name, writer in globals().items(
 
 def read(case, parts, folder):
     if case.settings is not None:
-        mark = {"comfy_quant": torch.tensor(list(json.dumps(case.settings).encode()),
-                                            dtype=torch.uint8)}
-        return pack_parts(case.settings, parts | mark)
+        return pack_parts(case.settings, parts | {"comfy_quant": mark_of(case.settings)})
     stored = {f"L.{name}": tensor.contiguous() for name, tensor in parts.items()}
     path = folder / "model.safetensors"
     save_file(stored, path)
