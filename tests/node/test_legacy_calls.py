@@ -179,10 +179,17 @@ def test_an_output_with_options_can_be_connected_to_an_input_with_options():
 
 
 @pytest.mark.parametrize("node_id", ["UnetLoaderGGUF", "UnetLoaderGGUFAdvanced"])
-def test_dtypes_are_taken_by_either_loader(node_id, models):
-    model, = NODE_CLASS_MAPPINGS[node_id]().load_unet("flux.gguf", dequant_dtype="float16",
-                                                      patch_dtype="target")
-    assert is_packed(model.model.diffusion_model.img_in.weight)
+@pytest.mark.parametrize(("dequant", "patch"), [
+    ("target", "target"), ("float16", "bfloat16"), ("bfloat16", "float32"), ("float16", "target")])
+def test_dtypes_are_taken_by_either_loader_and_change_nothing(node_id, dequant, patch, models):
+    def weight(dequant, patch):
+        model, = NODE_CLASS_MAPPINGS[node_id]().load_unet(
+            "flux.gguf", dequant_dtype=dequant, patch_dtype=patch, patch_on_device=True)
+        layer = model.model.diffusion_model.img_in
+        assert is_packed(layer.weight)
+        return layer.convert_weight(layer.weight)
+
+    assert torch.equal(weight(dequant, patch), weight("default", "default"))
 
 
 @pytest.mark.parametrize(

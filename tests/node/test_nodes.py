@@ -8,7 +8,6 @@ from pathlib import Path
 
 import folder_paths
 import pytest
-import torch
 from comfy_api.latest import io
 from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import ids_in_source, node_list
@@ -16,8 +15,6 @@ from pack_nodes import ids_in_source, node_list
 import featherweight.nodes
 import nodes as host_nodes
 from devtools import ROOT
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.pack_on_load import TYPES
 from featherweight.loaders.paths import folders
@@ -289,40 +286,3 @@ def test_what_another_pack_adds_to_a_folder_later_is_listed(host_folders, tmp_pa
     (tmp_path / "late" / "late.gguf").touch()
     folder_paths.add_model_folder_path("diffusion_models", str(tmp_path / "late"))
     assert folders.list_files("unet_gguf") == ["late.gguf"]
-
-
-@pytest.fixture
-def flux_file(host_folders, tmp_path):
-    """Name of a model that lies in every folder of models."""
-    folders.register_folders()
-    path = tmp_path / "diffusion_models" / "flux.gguf"
-    write_gguf(path, tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1),
-               lambda name, values: "Q8_0")
-    (tmp_path / "checkpoints" / path.name).write_bytes(path.read_bytes())
-    return path.name
-
-
-@pytest.mark.parametrize(("dequant", "patch"), [
-    ("target", "target"), ("float16", "bfloat16"), ("bfloat16", "float32")])
-def test_the_dtypes_of_the_advanced_loader_change_nothing(flux_file, dequant, patch):
-    def weight(*dtypes):
-        model = NODES["UnetLoaderGGUFAdvanced"].execute(flux_file, *dtypes, True)[0]
-        layer = model.model.diffusion_model.img_in
-        return layer.convert_weight(layer.weight)
-
-    assert torch.equal(weight(dequant, patch), weight("default", "default"))
-
-
-# Nodes that need nothing but a file name to give a model.
-LOADERS = [
-    node_id for node_id, node in NODES.items()
-    if node.GET_SCHEMA().outputs[0].io_type == "MODEL" and all(
-        input.id.endswith("_name") for input in node.GET_SCHEMA().inputs if not input.optional)
-]
-
-
-@pytest.mark.parametrize("node_id", LOADERS)
-def test_loaders_run_with_only_a_file_name(flux_file, node_id):
-    name = next(input.id for input in NODES[node_id].GET_SCHEMA().inputs if not input.optional)
-    model = NODES[node_id].execute(**{name: flux_file})[0]
-    assert type(model.model).__module__ == "comfy.model_base"
