@@ -859,22 +859,6 @@ def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(edi
     assert {"compute": "automatic", "host_formats": "by compute"}.items() <= dict(added).items()
 
 
-def test_a_lora_of_an_earlier_version_ignores_the_headers_alpha_and_a_new_one_uses_it(editor):
-    path = next(path for path in EXAMPLES
-                if '"FeatherweightApplyLora"' in path.read_text(encoding="utf-8"))
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    node = next(node for node in workflow["nodes"] if node["type"] == "FeatherweightApplyLora")
-    saved = node["widgets_values"]
-    for values, expected in ((saved[:5], "ignore"), (saved, "use")):
-        node["widgets_values"] = values
-        editor.open_workflow("earlier.json", json.dumps(workflow))
-        assert sent_by(editor)[str(node["id"])]["inputs"]["header_alpha"] == expected
-    added = editor.evaluate(
-        "(node => (app.graph.add(node), node.widgets.map(widget => [widget.name, widget.value])))"
-        "(LiteGraph.createNode('FeatherweightApplyLora'))")
-    assert dict(added)["header_alpha"] == "use"
-
-
 @pytest.mark.parametrize(("node_type", "name"), [
     ("FeatherweightSavePackedModel", "filename_prefix"),
     ("FeatherweightMeasureSensitivity", "name")])
