@@ -44,12 +44,13 @@ def in_format(weights: Tensors, inside: str, format_name: str,
     return stored, settings, values
 
 
-def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8") -> tuple[Tensors, Tensors]:
-    """The same in scaled fp8 as it was before `comfy_quant`, and its values."""
+def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8",
+               weights: Tensors | None = None, inside: str = "_blocks.") -> tuple[Tensors, Tensors]:
+    """The same in scaled fp8 as it was before `comfy_quant`, and its values; or other weights."""
     stored, values = {}, {}
-    for number, (name, value) in enumerate(tiny_flux().items()):
+    for number, (name, value) in enumerate((weights or tiny_flux()).items()):
         stored[name] = values[name] = value.bfloat16().float()
-        if value.ndim == 2 and "_blocks." in name:
+        if value.ndim == 2 and inside in name:
             layer, scale = name.removesuffix(".weight"), value.abs().amax() / (
                 0.9 * torch.finfo(kind).max)
             scale = scale.reshape(()) if number % 2 else scale.reshape(1)

@@ -9,6 +9,7 @@ from families import (
     relative_error,
     run,
 )
+from marked_flux import old_scaled
 from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
@@ -51,14 +52,7 @@ def write_fp8(path, weights):
 
 def write_scaled_fp8(path, weights):
     """Matrices in fp8 with a scale, as ComfyUI marked them first."""
-    stored, values = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}, {}
-    for name, value in weights.items():
-        stored[name] = values[name] = value
-        if value.ndim == 2:
-            scale = value.abs().max() / 448
-            stored[name] = (value / scale).to(torch.float8_e4m3fn)
-            stored[f"{name.removesuffix('weight')}scale_weight"] = scale
-            values[name] = stored[name].float() * scale
+    stored, values = old_scaled(torch.float8_e4m3fn, weights=weights, inside="")
     save_file(stored, path.with_suffix(".safetensors"))
     return values
 

@@ -6,6 +6,7 @@ import torch
 from checkpoint_parts import SD15, clip_l, stable_diffusion
 from families import relative_error
 from families import run as run_family
+from marked_flux import old_scaled
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
@@ -20,18 +21,6 @@ SHARDS = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
 DIFFUSION_MODEL = {name: value.bfloat16() for name, value in tiny_flux().items()}
 
 
-def scaled_fp8() -> dict[str, torch.Tensor]:
-    """The model in the older of the host's fp8 formats: a scale beside each weight, and a mark in
-    the file."""
-    stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, value in DIFFUSION_MODEL.items():
-        stored[name] = value
-        if value.ndim == 2:
-            stored[name] = (value * 8).to(torch.float8_e4m3fn)
-            stored[name.replace("weight", "scale_weight")] = torch.tensor(0.125)
-    return stored
-
-
 def write(folder, tensors) -> list[str]:
     """Both files and the whole model in one; their paths, the whole one last."""
     names = list(tensors)
@@ -40,7 +29,8 @@ def write(folder, tensors) -> list[str]:
     return [str(folder / name) for name in [*SHARDS, "whole.safetensors"]]
 
 
-@pytest.mark.parametrize("tensors", [DIFFUSION_MODEL, scaled_fp8()], ids=["bf16", "scaled fp8"])
+@pytest.mark.parametrize("tensors", [DIFFUSION_MODEL, old_scaled(torch.float8_e4m3fn)[0]],
+                         ids=["bf16", "scaled fp8"])
 def test_any_of_the_files_of_a_plain_diffusion_model_loads_all_of_it(tensors, tmp_path):
     *shards, whole = write(tmp_path, tensors)
     expected = run(comfy.sd.load_diffusion_model(whole))

@@ -32,14 +32,6 @@ def checked(path: str, load: str, values: Tensors):
 
 
 @loads
-@pytest.mark.parametrize(("prefix", "marker", "kind"), [
-    ("", "scaled_fp8", torch.float8_e4m3fn), (CHECKPOINT, None, torch.float8_e5m2)])
-def test_old_scaled_fp8_is_of_the_kind_of_its_codes(prefix, marker, kind, load, tmp_path):
-    stored, values = old_scaled(kind, marker)
-    checked(write(tmp_path / "flux.safetensors", stored, prefix=prefix), load, values)
-
-
-@loads
 def test_a_bare_marker_marks_weights_with_a_prefix_too(load, tmp_path):
     stored, values = old_scaled(torch.float8_e4m3fn, None)
     stored = {CHECKPOINT + name: value for name, value in stored.items()}
