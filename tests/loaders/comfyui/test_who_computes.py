@@ -12,7 +12,8 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
-from host_formats import ASYMMETRIC, in_host_format
+from host_formats import ASYMMETRIC
+from marked_flux import flux_in, in_format, write
 from packed_files import write_host_format
 from patched_models import (
     LIMIT,
@@ -24,7 +25,6 @@ from patched_models import (
     run,
     tiny_flux,
 )
-from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui import model_summary
 from featherweight.loaders.comfyui.load_check import load_notes
@@ -59,15 +59,8 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", 
 @functools.cache
 def written(format_name: str, folder) -> tuple[str, dict]:
     """A Flux with its blocks in a format, and the dense values of all weights."""
-    stored, values = {}, {}
-    for name, tensor in tiny_flux().items():
-        parts, values[name] = {name: tensor}, tensor
-        if tensor.ndim == 2 and "_blocks." in name:
-            parts, values[name] = in_host_format(name, tensor, format_name)
-        stored |= parts
-    path = str(folder / f"{format_name}.safetensors")
-    save_file({name: value.contiguous() for name, value in stored.items()}, path)
-    return path, values
+    stored, marks, values = flux_in(format_name)
+    return write(folder / f"{format_name}.safetensors", stored, marks=marks), values
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +172,9 @@ def test_q_k_and_v_of_diffusers_keep_their_scales(ours, format_name, tmp_path):
     table = DIFFUSERS["flux-dev"]({"depth": 1, "depth_single_blocks": 1, "hidden_size": 256})
     weights = {name.replace("_norm.scale", "_norm.weight"): value
                for name, value in tiny_flux().items()}
-    stored, values = {}, {}
-    for name, value in in_diffusers_names(weights, table).items():
-        stored[name] = values[name] = value
-        if value.ndim == 2 and "transformer_blocks" in name:
-            parts, values[name] = in_host_format(name, value, format_name)
-            stored |= parts
-    path = str(tmp_path / "a.safetensors")
-    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    stored, marks, values = in_format(in_diffusers_names(weights, table), "transformer_blocks",
+                                      format_name)
+    path = write(tmp_path / "a.safetensors", stored, marks=marks)
     model = load_diffusion_model(path, host_formats=ours)
     dense = comfy.sd.load_diffusion_model_state_dict(in_the_hosts_names(values, weights, table))
     assert relative(run(model), run(dense)) < 1e-5
@@ -196,16 +184,11 @@ def test_q_k_and_v_of_diffusers_keep_their_scales(ours, format_name, tmp_path):
 
 @pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
 def test_scales_in_float64_are_read(ours, tmp_path):
-    stored, values = {}, {}
-    for name, value in tiny_flux().items():
-        stored[name] = values[name] = value
-        if value.ndim == 2:
-            parts, values[name] = in_host_format(name, value, "int8_tensorwise")
-            stored |= {key: part.double() if "scale" in key else part
-                       for key, part in parts.items()}
-    save_file({name: value.contiguous() for name, value in stored.items()},
-              tmp_path / "a.safetensors")
-    model = load_diffusion_model(str(tmp_path / "a.safetensors"), host_formats=ours)
+    stored, marks, values = in_format(tiny_flux(), "", "int8_tensorwise")
+    stored = {name: value.double() if name.endswith("_scale") else value
+              for name, value in stored.items()}
+    path = write(tmp_path / "a.safetensors", stored, marks=marks)
+    model = load_diffusion_model(path, host_formats=ours)
     dense = comfy.sd.load_diffusion_model_state_dict(values)
     assert relative(run(model), run(dense)) < (1e-5 if ours == EXACT else 0.02)
 

@@ -16,7 +16,8 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
-from host_formats import HOST_FORMATS, in_host_format
+from host_formats import HOST_FORMATS
+from marked_flux import in_format, write
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -165,15 +166,9 @@ def test_the_model_of_each_family_is_packed(name, monkeypatch):
 
 @pytest.mark.parametrize("source", HOST_FORMATS)
 def test_weights_in_comfyuis_formats_are_packed_by_their_values(source, tmp_path):
-    stored, values = {}, {}
-    for name, value in tiny_flux().items():
-        if value.ndim == 2 and ".linear" in name:
-            parts, values[name] = in_host_format(name, value, source)
-            stored |= parts
-        else:
-            stored[name] = values[name] = value.bfloat16()
-    save_file(stored, tmp_path / "flux.safetensors")
-    patcher = comfy.sd.load_diffusion_model(str(tmp_path / "flux.safetensors"))
+    stored, marks, values = in_format(tiny_flux(), ".linear", source)
+    patcher = comfy.sd.load_diffusion_model(
+        write(tmp_path / "flux.safetensors", stored, marks=marks))
     packed = pack_model(patcher, "Q8_0")
     for name, weight in weights_of(packed).items():
         if is_packed(weight):
