@@ -1,12 +1,11 @@
 """The real server on fake GPUs, where copies come late: whatever lies where, pictures are those of
 the CPU, pixel for pixel."""
-import copy
 import json
 import subprocess
 import sys
 
 import pytest
-from fake_gpu_server import SAME, SAME_ENV, SAME_PACK, pictures
+from fake_gpu_server import SAME, SAME_ENV, SAME_PACK, node_of, pictures, with_cfg_2
 
 from devtools import ROOT, demo, fakegpu
 from devtools.files import demo_files
@@ -69,22 +68,6 @@ def graphs(server) -> dict[str, dict]:
     return found
 
 
-def with_cfg_2(graph: dict) -> dict:
-    """Two parts in each step, which devices can share. The host never puts them together, for one
-    text is too long for that."""
-    graph = copy.deepcopy(graph)
-    sampler = sampler_of(graph)
-    negative = copy.deepcopy(graph[sampler["inputs"]["positive"][0]])
-    negative["inputs"]["text"] = "a blue house, " * 100
-    graph["negative"] = negative
-    sampler["inputs"] |= {"cfg": 2.0, "negative": ["negative", 0]}
-    return graph
-
-
-def sampler_of(graph: dict) -> dict:
-    return next(node for node in graph.values() if node["class_type"] == "KSampler")
-
-
 @pytest.fixture(scope="module")
 def expected(base):
     """What the CPU draws, by the names of `graphs`."""
@@ -122,7 +105,7 @@ def test_devices_draw_the_same(server, expected, where):
     for name, graph in graphs(server).items():
         if not name.endswith("with cfg 2"):
             continue
-        sampler = sampler_of(graph)
+        sampler = node_of(graph, "KSampler")
         for index, (class_type, inputs) in enumerate(DEVICES[where]):
             graph[f"device {index}"] = {
                 "class_type": class_type, "inputs": {"model": sampler["inputs"]["model"], **inputs}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from fake_gpu_server import FakeGpuServer, Size
+from fake_gpu_server import FakeGpuServer, Size, node_of, with_cfg_2
 from safetensors.torch import save_file
 
 from devtools import demo, fakegpu
@@ -62,10 +62,6 @@ def graph(server) -> dict:
     node_of(graph, demo.LOADER)["inputs"]["model_name"] = MODEL
     node_of(graph, "KSampler")["inputs"] |= {"steps": 2, "seed": next(SEEDS)}
     return graph
-
-
-def node_of(graph: dict, class_type: str) -> dict:
-    return next(spec for spec in graph.values() if spec["class_type"] == class_type)
 
 
 def before(graph: dict, class_type: str, name: str, node: str, new: str, **inputs) -> dict:
@@ -147,17 +143,6 @@ def test_a_store_holds_what_does_not_stay(server, graph):
     run = server.queue(place_model(graph, gpu_weights=0.02, store="gpu:1", store_gb=0.01))
     assert 6 < lies(run.texts["place"][-1])[1] <= 10
     free(server)
-
-
-def with_cfg_2(graph: dict) -> dict:
-    """Two parts in each step, which devices can share. The host never puts them together, for one
-    text is too long for that."""
-    graph = copy.deepcopy(graph)
-    sampler = node_of(graph, "KSampler")
-    graph["negative"] = copy.deepcopy(graph[sampler["inputs"]["positive"][0]])
-    graph["negative"]["inputs"]["text"] = "a blue house, " * 100
-    sampler["inputs"] |= {"cfg": 2.0, "negative": ["negative", 0]}
-    return graph
 
 
 def share(graph: dict) -> dict:

@@ -3,6 +3,7 @@ workflows and must draw the same pictures.
 
     pytest tests/server --fake-gpus 2x4-late-dynamic
 """
+import copy
 import io
 from typing import NamedTuple
 
@@ -36,6 +37,21 @@ class Size(NamedTuple):
         if unknown := set(words) - {"late", "dynamic"}:
             raise ValueError(f"{unknown.pop()!r} is neither 'late' nor 'dynamic'")
         return cls(int(devices), float(gib), "late" in words, "dynamic" in words)
+
+
+def node_of(graph: dict, class_type: str) -> dict:
+    return next(spec for spec in graph.values() if spec["class_type"] == class_type)
+
+
+def with_cfg_2(graph: dict) -> dict:
+    """Two parts in each step, which devices can share. The host never puts them together, for one
+    text is too long for that."""
+    graph = copy.deepcopy(graph)
+    sampler = node_of(graph, "KSampler")
+    graph["negative"] = copy.deepcopy(graph[sampler["inputs"]["positive"][0]])
+    graph["negative"]["inputs"]["text"] = "a blue house, " * 100
+    sampler["inputs"] |= {"cfg": 2.0, "negative": ["negative", 0]}
+    return graph
 
 
 def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
