@@ -20,6 +20,7 @@ from devtools.cluster import QUIET, changes, running, workflow
 
 import psutil
 import pytest
+from process_tree import wait_until
 
 from devtools.host import server
 from featherweight.cluster.workflow_graph import apply_changes
@@ -30,13 +31,6 @@ pytest.importorskip("ray")
 DRIVER = Path(__file__).with_name("driver.py")
 TIMEOUT = 600  # seconds, on a busy machine
 PAINT = {"1": {"class_type": "Paint", "inputs": {"text": "", "seed": 0, "seconds": 0.05}}}
-
-
-def wait_until(condition):
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end, f"not in {TIMEOUT} s"
-        time.sleep(0.05)
 
 
 def kill(pid: int):

@@ -14,7 +14,7 @@ from devtools.cluster import QUIET, workflow
 
 import psutil
 import pytest
-from process_tree import has, listening
+from process_tree import IMPORT_PACK, has, listening
 
 from devtools import ROOT
 from featherweight.cluster import batch_run, ray_connection
@@ -28,12 +28,8 @@ from featherweight.cluster.ray_connection import (
 
 ray = pytest.importorskip("ray")
 TIMEOUT = 120  # seconds, on a busy machine
-LOCAL = """
-import sys, types
+LOCAL = IMPORT_PACK + """
 sys.path[:] = [path for path in sys.path if path != sys.argv[1]]
-pack = types.ModuleType("featherweight")
-pack.__path__ = [sys.argv[1]]
-sys.modules["featherweight"] = pack
 from featherweight.cluster.ray_connection import connect
 try:
     connect(sys.argv[2])

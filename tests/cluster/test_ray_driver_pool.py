@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from process_tree import has
+from process_tree import IMPORT_PACK, has, wait_until
 
 from devtools import ROOT
 from featherweight.cluster import (
@@ -43,11 +43,7 @@ HASTY = DEAF.replace(": pass", """:
     for event in ("failed", "done") if header["op"] == "run" else ():
         write(sys.stdout.buffer, {"number": header["number"], "event": event})
 """)
-PARENT = """
-import sys, types
-pack = types.ModuleType("featherweight")
-pack.__path__ = [sys.argv[1]]
-sys.modules["featherweight"] = pack
+PARENT = IMPORT_PACK + """
 from featherweight.cluster.ray_driver_pool import DriverPool
 DriverPool(sys.argv[2]).run(bool(sys.argv[2]), {}, print, lambda: print("waits", flush=True))
 """
@@ -82,13 +78,6 @@ def children() -> list[psutil.Process]:
 
 def new_children(before) -> list[psutil.Process]:
     return [child for child in children() if child not in before]
-
-
-def wait_until(condition, seconds=TIMEOUT):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def after(seconds: float):

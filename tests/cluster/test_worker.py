@@ -10,6 +10,7 @@ import uuid
 from devtools.cluster import changes, workflow
 
 import pytest
+from process_tree import IMPORT_PACK
 
 from devtools import ROOT
 from featherweight.cluster import embedded_comfyui
@@ -19,14 +20,7 @@ from featherweight.cluster.worker import PromptWorker
 from featherweight.cluster.workflow_graph import GraphError, with_result
 
 ray = pytest.importorskip("ray")
-LOADER = """
-import sys, types
-pack = types.ModuleType("featherweight")
-pack.__path__ = [{root!r}]
-sys.modules["featherweight"] = pack
-from featherweight.cluster import embedded_comfyui
-{code}
-"""
+LOADER = IMPORT_PACK + "from featherweight.cluster import embedded_comfyui\n"
 
 
 def answering_worker() -> type[PromptWorker]:
@@ -55,9 +49,9 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path, monkey
         "import time; made = embedded_comfyui.make_scratch(); print(made[0], flush=True);"
         " time.sleep(1000)"
     )
-    script = LOADER.format(code=code, root=str(ROOT))
-    killed, alive = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
-                                      text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    killed, alive = (subprocess.Popen([sys.executable, "-c", LOADER + code, str(ROOT)],
+                                      stdout=subprocess.PIPE, text=True,
+                                      env={**os.environ, "TMPDIR": str(tmp_path)})
                      for _ in range(2))
     try:
         folders = [process.stdout.readline().strip() for process in (killed, alive)]

@@ -3,9 +3,27 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+# begins a program whose first argument is the folder of the pack
+IMPORT_PACK = """
+import sys, types
+pack = types.ModuleType("featherweight")
+pack.__path__ = [sys.argv[1]]
+sys.modules["featherweight"] = pack
+"""
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 600):
+    """Wait until a condition holds, for long on a busy machine."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not in {seconds} s"
+        time.sleep(0.05)
 
 
 def names(process: psutil.Process) -> list[str]:
