@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from devtools.cluster import workflow
+
 import numpy as np
 from legacy_ids import INPUTS, KJ
 from PIL import Image
@@ -70,24 +72,10 @@ main()
 '''
 
 def graph(unet: str, clip: str) -> dict:
-    return {
+    return workflow("a blue house", loras=()) | {
         "1": {"class_type": unet, "inputs": {"unet_name": demo.MODEL_NAME}}, "2": {
             "class_type": clip,
             "inputs": {"clip_name": demo_files.ENCODER_NAME, "type": "stable_diffusion"}
-        }, "3": {"class_type": "VAELoader", "inputs": {"vae_name": demo_files.VAE_NAME}},
-        "4": {"class_type": "CLIPTextEncode",
-              "inputs": {"text": "a blue house", "clip": ["2", 0]}}, "5": {
-                  "class_type": "EmptySD3LatentImage",
-                  "inputs": {"width": 128, "height": 128, "batch_size": 1}
-              }, "6": {
-                  "class_type": "KSampler", "inputs": {
-                      "seed": 1, "steps": 2, "cfg": 1, "sampler_name": "euler",
-                      "scheduler": "simple", "denoise": 1, "model": ["1", 0], "positive": ["4", 0],
-                      "negative": ["4", 0], "latent_image": ["5", 0]
-                  }
-              }, "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["3", 0]}},
-        "8": {
-            "class_type": "SaveImage", "inputs": {"filename_prefix": "queued", "images": ["7", 0]}
         }
     }
 
@@ -98,7 +86,7 @@ def picture(path) -> np.ndarray:
 
 def queued(server, *loaders) -> tuple:
     run = server.queue(graph(*loaders))
-    return picture(server.base / "output" / run.outputs["8"]["images"][0]["filename"]), run.texts
+    return picture(server.base / "output" / run.outputs["9"]["images"][0]["filename"]), run.texts
 
 
 def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(server):
