@@ -28,13 +28,13 @@ WITHOUT_HOST = (
 # Of sources, by folder: what there was on 29 November 2026 and 3 % more. Who raises one says why in
 # the commit.
 MOST_LINES = {
-    "cluster": 3590, "devtools": 13350, "loaders": 1160, "loaders/comfyui": 2850,
-    "loaders/container": 520, "loaders/encoders": 1970, "loaders/files": 2240,
-    "loaders/inspect": 970, "loaders/lora": 2340, "loaders/models": 3290,
-    "loaders/packing": 4850, "loaders/paths": 690, "loaders/quantizers": 4390,
-    "loaders/speed": 670, "nodes": 4900, "ops": 570, "ops/formats": 3250, "ops/kernels": 8160,
+    "cluster": 3570, "devtools": 11780, "loaders": 1160, "loaders/comfyui": 2840,
+    "loaders/container": 510, "loaders/encoders": 1960, "loaders/files": 2240,
+    "loaders/inspect": 960, "loaders/lora": 2340, "loaders/models": 3290,
+    "loaders/packing": 4800, "loaders/paths": 690, "loaders/quantizers": 4390,
+    "loaders/speed": 670, "nodes": 4900, "ops": 570, "ops/formats": 3250, "ops/kernels": 7930,
     "ops/layers": 2850, "ops/packing": 790, "ops/patcher": 1740, "ops/patches": 790,
-    "ops/quantize": 1620, "ops/tensor": 1210, "tests": 73630
+    "ops/quantize": 1600, "ops/tensor": 1210, "tests": 72950
 }
 CODE = (".py", ".js", ".c", ".cpp", ".h", ".cu", ".metal")
 SOURCES = [
