@@ -61,6 +61,7 @@ class RowEncoder:
         of_tensor: the number that all scales of the weight are, or are multiplied by; 0: each row
             has its own.
         lowest, largest: numbers of codes; int8 does without -128.
+        has_integers: whether the numbers of codes are consecutive ones.
     """
 
     def __init__(self, packed_format: RowFormat, shrinks: tuple[float, ...]):
@@ -71,6 +72,7 @@ class RowEncoder:
         self.levels, codes = torch.sort(numbers.nan_to_num(0))
         self.codes = codes.to(torch.uint8)
         self.lowest, self.largest = float(self.levels[0]), float(self.levels[-1])
+        self.has_integers = bool((self.levels.diff() == 1).all())
         if self.layout.codes.dtype == torch.int8:
             self.lowest = -self.largest
 
@@ -186,7 +188,7 @@ class RowEncoder:
         """Returns the numbers of the codes nearest to values over their units."""
         scaled = values / torch.where(units > 0, units, torch.inf)
         dtype = self.layout.codes.dtype
-        if dtype == torch.int8:
+        if self.has_integers:
             return scaled.round_().clamp_(self.lowest, self.largest)
         if dtype.is_floating_point:
             return scaled.clamp_(self.lowest, self.largest).to(dtype).float()

@@ -194,7 +194,7 @@ def heavy(*faults):
         ("pack_columns", "Q3_K", "before = rounders.of[v].value(level[v]), target += before",
          "before = rounders.of[v].value(level[v])", "mean error"),
         ("pack_rows", "W4A8", "if (HAS_ROW_NUMBERS) group[i] *= inverted;", "", "codes|worse"),
-        ("pack_rows", "F8_E4M3", "memcpy(codes + start, some, columns - start);", "", "codes"),
+        ("pack_rows", "F8_E4M3", "memcpy(codes + start, some, count);", ";", "codes"),
         ("pack_rows", "INT8_ROWS", "unit = tried, least = error;", "unit = tried;", "worse"),
         ("pack_row_columns", "F8_E4M3",
          "add_shares(values, values, shares, columns, first, stop, stop);", "", "mean error"),

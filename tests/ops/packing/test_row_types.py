@@ -17,6 +17,7 @@ from featherweight.ops.formats.base import FormatError, TooLargeError
 from featherweight.ops.packing import row_types
 from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize import damped_hessian, row_source
+from featherweight.ops.quantize.row_encoder import RowEncoder
 from featherweight.ops.quantize.row_source import RowSource
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensors
@@ -235,3 +236,10 @@ def test_more_scales_than_are_tried_would_gain_nothing(name, most):
     errors = [(pack_to_type(weight, each).dequantize() - weight).square().sum()
               for each in (ROW_TYPES[name], every)]
     assert 0 <= 10 * torch.log10(errors[0] / errors[1]) + 1e-4 < most
+
+
+@pytest.mark.parametrize("name", ["int8_convrot", "convrot_w4a4"])
+def test_codes_of_integers_round_half_to_even_as_kernels_do(name):
+    encoder = RowEncoder(ROW_TYPES[name].format_of((1, 256)), (1.0,))
+    halves = torch.arange(-6, 6) + 0.5
+    assert torch.equal(encoder.nearest(halves, torch.ones(1)), halves.round())
