@@ -68,18 +68,20 @@ VAE = {"_class_name": "AutoencoderKL"}
 LOADERS = {
     "ControlNet": Loader(
         LoadControlNet, "controlnet", controlnets.flux_bfl, comfy.controlnet.ControlNet,
-        lambda control_net: control_net.control_model_wrapped, controlnets.packed_layers,
+        lambda control_net: control_net.control_model_wrapped,
+        lambda control_net: controlnets.packed_layers(control_net.control_model),
         lambda control_net: controlnets.sample(controlnets.KINDS["flux"], control_net),
         {"_class_name": "FluxControlNetModel"}, VAE),
     "model patch": Loader(
         LoadModelPatch, "model_patches", model_patches.z_image_fun_3,
-        comfy.model_patcher.ModelPatcher, lambda patch: patch, model_patches.packed_layers,
+        comfy.model_patcher.ModelPatcher, lambda patch: patch,
+        lambda patch: controlnets.packed_layers(patch.model),
         lambda patch: model_patches.sample(model_patches.KINDS["Z-Image Fun 2.0 lite"], patch),
         {"_class_name": "ZImageControlNetModel"}, VAE),
     "CLIP vision": Loader(
         LoadCLIPVision, "clip_vision", vision_models.VISION_MODELS["CLIP H"],
         comfy.clip_vision.ClipVisionModel, lambda clip_vision: clip_vision.patcher,
-        vision_models.packed_layers, embed,
+        lambda clip_vision: controlnets.packed_layers(clip_vision.model), embed,
         {"architectures": ["CLIPVisionModelWithProjection"]}, {"architectures": ["CLIPTextModel"]}),
 }
 

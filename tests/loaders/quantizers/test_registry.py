@@ -20,6 +20,7 @@ PACKED_BY = {
     **dict.fromkeys(("NF4", "int8"), "bitsandbytes"), **dict.fromkeys(("Q8_0", "Q4_K", "VAE"), ""),
     "SDNQ": "SDNQ", "gptq": "GPTQ", "gptqmodel": "GPTQ", "modelopt": "ModelOpt",
     "auto-round": "AutoRound", "awq": "AWQ",
+    "fp8": "transformers in fp8",
     "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
 }
 
