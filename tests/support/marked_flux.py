@@ -44,7 +44,7 @@ def in_format(weights: Tensors, inside: str, format_name: str,
     return stored, settings, values
 
 
-def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8",
+def old_scaled(dtype: torch.dtype, marker: str | None = "scaled_fp8",
                weights: Tensors | None = None, inside: str = "_blocks.") -> tuple[Tensors, Tensors]:
     """The same in scaled fp8 as it was before `comfy_quant`, and its values; or other weights."""
     stored, values = {}, {}
@@ -52,13 +52,13 @@ def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8",
         stored[name] = values[name] = value.bfloat16().float()
         if value.ndim == 2 and inside in name:
             layer, scale = name.removesuffix(".weight"), value.abs().amax() / (
-                0.9 * torch.finfo(kind).max)
+                0.9 * torch.finfo(dtype).max)
             scale = scale.reshape(()) if number % 2 else scale.reshape(1)
-            stored[name] = (value / scale).to(kind)
+            stored[name] = (value / scale).to(dtype)
             stored[f"{layer}.scale_weight"] = scale
             values[name] = stored[name].float() * scale
     if marker is not None:
-        stored[marker] = torch.empty(0, dtype=kind)
+        stored[marker] = torch.empty(0, dtype=dtype)
     return stored, values
 
 

@@ -1,5 +1,5 @@
 """Weights of scales without a mark and of ComfyUI's formats at random widths, groups, signs, zero
-points and extreme codes, each beside the values that its writer means."""
+points and extreme codes, each next to the values that its writer means."""
 import random
 
 import pytest

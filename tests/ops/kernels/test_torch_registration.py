@@ -1,4 +1,4 @@
-"""The operators' fakes: what torch is told of a result before it is computed."""
+"""The operators' fakes: empty results of the shape and dtype that an operator computes."""
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
