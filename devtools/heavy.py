@@ -82,6 +82,11 @@ def run_piece(files: list[Path], most_bytes: float) -> dict:
             "result": result or next(filter(None, reversed(lines)), "")}
 
 
+def read_record() -> dict[str, dict]:
+    """Return the name of each piece that has run -> its row."""
+    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+
+
 def memory_of(number: int) -> int:
     """Return the bytes that a process and all its children have for themselves."""
     total = 0
@@ -121,16 +126,17 @@ def main(arguments: list[str]) -> int:
     chosen, found = parser.parse_args(arguments), pieces()
     if unknown := set(chosen.pieces) - found.keys():
         parser.error(f"no heavy tests are in {', '.join(unknown)}; they are in {', '.join(found)}")
-    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     for name in chosen.pieces or found:
-        now = state(found[name])
-        if record.get(name, {}).get("passed") and record[name]["state"] == now:
+        now, row = state(found[name]), read_record().get(name, {})
+        if row.get("passed") and row["state"] == now:
             continue
         print(f"Heavy tests of {name}", flush=True)
-        record[name] = {"state": now, **run_piece(found[name], chosen.most_gib * GIB)}
+        row = {"state": now, **run_piece(found[name], chosen.most_gib * GIB)}
+        record = read_record() | {name: row}  # another process may have written other rows
         partial = RECORD.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(record, indent=1))
         partial.replace(RECORD)
+    record = read_record()
     print("\n| piece | seconds | GB | result |\n|---|---|---|---|")
     for name, row in sorted(record.items()):
         is_now = name in found and row["state"] == state(found[name])
