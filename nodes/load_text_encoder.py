@@ -153,14 +153,11 @@ class LoadTextEncoder(io.ComfyNode):
         device, note = find_device(device)
         arithmetic, host_formats = computing(compute, host_formats)
         clip = load_text_encoder(
-            paths,
-            type,
-            embedding_folders(),
-            vision,
-            device_options(device),
-            disable_dynamic_vram,
-            packed_type(pack_to, size_gb),
-            host_formats,
-            arithmetic,
+            paths, type, embedding_folders(), vision,
+            compute=arithmetic,
+            host_formats=host_formats,
+            pack_to=packed_type(pack_to, size_gb),
+            disable_dynamic=disable_dynamic_vram,
+            model_options=device_options(device),
         )
         return io.NodeOutput(*loader_output(note, clip=clip))

@@ -1,6 +1,7 @@
 """Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..comfyui.load_check import bytes_of, check_load, patcher_of
 from ..comfyui.quantized_weights import as_tensors, host_metadata
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import model_prefix
-from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..comfyui.who_computes import packed_formats
 from ..comfyui.wrong_kind import VAE_PREFIXES, reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError, map_file, safe_repr
 from ..devices import device_options
@@ -28,9 +29,10 @@ from ..families import MODELS
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from ..files.open_weights import open_weights
 from ..progress import Progress
-from ..recipe import Recipe, register_loader
+from ..recipe import register_loader
 from .diffusion import build_model, load_diffusion_model, read_weights
 from .fit_device import FIT, Targets, model_targets
+from .load_options import LoadOptions
 from .loader_choice import is_safetensors, needs_own_reader
 from .text_encoder import load_text_encoder
 from .vae import load_vae, wrap_vae
@@ -43,10 +45,8 @@ VAE = "VAE of a checkpoint"
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
                     output_model: bool = True, output_clip: bool = True, output_vae: bool = True,
-                    disable_dynamic: bool = False, compute: str = "exact",
-                    pack_to: str | None = None, device: torch.device | None = None,
-                    encoder_device: torch.device | None = None,
-                    host_formats: str = AUTOMATIC) -> tuple:
+                    device: torch.device | None = None, encoder_device: torch.device | None = None,
+                    **options: Any) -> tuple:
     """Loads a checkpoint and keeps its packed weights packed.
 
     A file without packed weights goes to the host's own loader, unless it is to be packed.
@@ -55,13 +55,10 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         path: of a file or a diffusers folder.
         embedding_directory: folders of textual inversions.
         output_model, output_clip, output_vae: whether to load the part.
-        disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
-            VAE.
-        compute: one of `compute_dtype.COMPUTE`.
-        pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in the file.
         device: where model and VAE run; None: the host's choice.
         encoder_device: where the text encoder runs; None: the host's choice.
-        host_formats: one of `who_computes.HOST_FORMATS`.
+        options: of `LoadOptions`, without `model_options`. Only the model is packed; for a VAE the
+            host has no choice of dynamic VRAM.
 
     Returns:
         (model patcher, CLIP, VAE); None for a part that is not requested. If the file lacks one,
@@ -70,50 +67,48 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     Raises:
         WeightFileError: if the file cannot be read or holds no known model.
     """
-    asked = {  # in the words of ComfyUI's own loader
-        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
+    asked = replace(LoadOptions(**options), model_options=device_options(device))
+    for_host = {  # in the words of ComfyUI's own loader
+        "embedding_directory": embedding_directory, "disable_dynamic": asked.disable_dynamic,
         "output_model": output_model, "output_clip": output_clip, "output_vae": output_vae,
-        "model_options": device_options(device), "te_model_options": device_options(encoder_device)}
+        "model_options": asked.model_options, "te_model_options": device_options(encoder_device)}
     computing_device = device or comfy.model_management.get_torch_device()
-    formats = packed_formats(host_formats, computing_device)
+    formats = packed_formats(asked.host_formats, computing_device)
     encoder_formats = packed_formats(
-        host_formats, encoder_device or comfy.model_management.text_encoder_device())
+        asked.host_formats, encoder_device or comfy.model_management.text_encoder_device())
     is_folder = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))
-    targets = Targets((pack_to,))
-    if pack_to == FIT and not is_folder:
-        targets = (model_targets(pack_to, [path], computing_device, formats) if output_model
+    targets = Targets((asked.pack_to,))
+    if asked.pack_to == FIT and not is_folder:
+        targets = (model_targets(FIT, [path], computing_device, formats) if output_model
                    else Targets((None,)))
     [target] = targets.files
     parts = None
     if not needs_own_reader(path, target, formats | encoder_formats):
-        parts = _load_by_the_host(path, asked)
+        parts = _load_by_the_host(path, for_host)
     is_read_here = parts is None
     if parts is None and is_folder:
-        parts = _load_folder(path, asked, compute, target, host_formats)
+        parts = _load_folder(path, asked, for_host)
     elif parts is None:
-        parts = _load_file(path, asked, compute, target, formats, encoder_formats,
-                           computing_device)
+        parts = _load_file(path, replace(asked, pack_to=target), for_host, formats,
+                           encoder_formats, computing_device)
     model, clip, vae = parts
     if model is not None:
         targets.attach(model)
     # When the host reloads a part by itself, it forgets the devices.
     is_special = is_read_here or bool(device or encoder_device or targets.text)
-    options = {
-        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
-        "compute": compute, "pack_to": pack_to, "device": device, "encoder_device": encoder_device,
-        "host_formats": host_formats}
     for name, part in ((MODEL, model), (CLIP, clip), (VAE, vae)):
         patcher = patcher_of(part)
-        if patcher is not None and (is_special or (disable_dynamic and name != VAE)):
-            Recipe(name, (str(path),), options).attach(patcher)
+        if patcher is not None and (is_special or (asked.disable_dynamic and name != VAE)):
+            asked.recipe(name, path, embedding_directory=embedding_directory, device=device,
+                         encoder_device=encoder_device).attach(patcher)
     return model, clip, vae
 
 
-def _load_by_the_host(path: str, asked: dict[str, Any]):
+def _load_by_the_host(path: str, for_host: dict[str, Any]):
     """Returns model, CLIP and VAE, None where the host does not know the model as it is named."""
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
-            parts = comfy.sd.load_checkpoint_guess_config(path, **asked)[:3]
+            parts = comfy.sd.load_checkpoint_guess_config(path, **for_host)[:3]
             check.attach(*parts)
     except RuntimeError as error:
         if not (str(error).startswith(UNKNOWN_MODEL) and is_safetensors(path)):
@@ -144,8 +139,7 @@ def _no_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={})
 
 
-def _load_folder(path: str, asked: dict[str, Any], compute: str, pack_to: str | None,
-                 host_formats: str):
+def _load_folder(path: str, asked: LoadOptions, for_host: dict[str, Any]):
     names = (*MODEL_FOLDERS, *ENCODER_FOLDERS, VAE_FOLDER)
     folders = {name: os.path.join(path, name) for name in names
                if os.path.isfile(os.path.join(path, name, "config.json"))}
@@ -155,20 +149,16 @@ def _load_folder(path: str, asked: dict[str, Any], compute: str, pack_to: str | 
             f"{os.path.basename(path)} is not a diffusers folder: it has no folder 'transformer'"
             " or 'unet' with a config.json. Pick the folder that has, or a checkpoint file.")
     model = clip = vae = None
-    if asked["output_model"]:
-        model = load_diffusion_model(model_folder, compute=compute,
-                                     disable_dynamic=asked["disable_dynamic"], pack_to=pack_to,
-                                     model_options=asked["model_options"],
-                                     host_formats=host_formats)
+    if for_host["output_model"]:
+        model = load_diffusion_model(model_folder, **vars(asked))
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
-    if asked["output_clip"] and encoders:
+    if for_host["output_clip"] and encoders:
+        as_stored = replace(asked, model_options=for_host["te_model_options"], pack_to=None,
+                            compute="exact")
         clip = load_text_encoder(encoders, _clip_type(path, len(encoders)),
-                                 asked["embedding_directory"],
-                                 disable_dynamic=asked["disable_dynamic"],
-                                 model_options=asked["te_model_options"],
-                                 host_formats=host_formats)
-    if asked["output_vae"]:
-        vae = (load_vae(folders[VAE_FOLDER], asked["model_options"].get("load_device"), compute)
+                                 for_host["embedding_directory"], **vars(as_stored))
+    if for_host["output_vae"]:
+        vae = (load_vae(folders[VAE_FOLDER], asked.device, asked.compute)
                if VAE_FOLDER in folders else _no_vae())
     return model, clip, vae
 
@@ -198,27 +188,26 @@ def _clip_type(path: str, encoder_count: int) -> str:
     return clip_type or "stable_diffusion"
 
 
-def _load_file(path: str, asked: dict[str, Any], compute: str, pack_to: str | None,
-               formats: frozenset[str], encoder_formats: frozenset[str], device: torch.device):
+def _load_file(path: str, asked: LoadOptions, for_host: dict[str, Any], formats: frozenset[str],
+               encoder_formats: frozenset[str], device: torch.device):
     file = open_weights(path)
     reject_non_diffusion(file)
-    pack_to = pack_to if asked["output_model"] else None
+    pack_to = asked.pack_to if for_host["output_model"] else None
     progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats, device)
     if model_prefix(state_dict):
-        model, clip, vae = _build_parts(file, state_dict, asked, compute, encoder_formats)
+        model, clip, vae = _build_parts(file, state_dict, asked.compute, for_host, encoder_formats)
     else:
-        model = build_model(file, state_dict, disable_dynamic=asked["disable_dynamic"],
-                            compute=compute, model_options=asked["model_options"])
-        clip, vae = None, _no_vae() if asked["output_vae"] else None
+        model = build_model(file, state_dict, asked)
+        clip, vae = None, _no_vae() if for_host["output_vae"] else None
     if packed and model is not None:
         packed.attach(model)
     progress.stage()
     return model, clip, vae
 
 
-def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: dict[str, Any],
-                 compute: str, encoder_formats: frozenset[str]):
+def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], compute: str,
+                 for_host: dict[str, Any], encoder_formats: frozenset[str]):
     prefix = model_prefix(state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
         reject_unknown_model(file, state_dict,
@@ -233,14 +222,14 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: d
         }
         encoder_weights = as_tensors(file, encoder_weights, formats=encoder_formats)
         state_dict |= encoder_weights
-    encoder_options, model_options = asked["te_model_options"], asked["model_options"]
+    encoder_options, model_options = for_host["te_model_options"], for_host["model_options"]
     if any(map(is_packed, encoder_weights.values())):
         encoder_options = encoder_options | {
             "custom_operations": operations_for(encoder_weights, full_precision=True)}
     model_options = model_options | {"custom_operations": operations_for(
         {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
         compute=compute)}
-    asked = asked | {"te_model_options": encoder_options, "model_options": model_options}
+    for_host = for_host | {"te_model_options": encoder_options, "model_options": model_options}
     is_vae_packed = any(is_packed(tensor) for name, tensor in state_dict.items()
                         if name.startswith(VAE_PREFIXES))
 
@@ -251,12 +240,12 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: d
             check_load(file.name, file.notes, bytes_of(state_dict)) as check,
         ):
             parts = comfy.sd.load_state_dict_guess_config(
-                state_dict, metadata=host_metadata(file), **asked | outputs)
+                state_dict, metadata=host_metadata(file), **for_host | outputs)
             assert parts is not None  # as for a model that the host does not detect
             check.attach(*parts[:3])
         return parts
 
-    if is_vae_packed and asked["output_vae"]:
+    if is_vae_packed and for_host["output_vae"]:
         model, clip, *_ = build(dict(state_dict), output_vae=False)
         with pack_layers():
             vae = build(state_dict, output_model=False, output_clip=False)[2]

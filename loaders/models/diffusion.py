@@ -42,7 +42,7 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
-from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
+from ..comfyui.who_computes import EXACT, packed_formats
 from ..comfyui.wrong_kind import reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError
 from ..devices import CPU
@@ -50,8 +50,9 @@ from ..files.open_weights import open_weights
 from ..lora.seedvr2 import add_texts
 from ..progress import Progress
 from ..quantizers.comfyui_marks import MARK
-from ..recipe import Recipe, register_loader
+from ..recipe import register_loader
 from .fit_device import model_targets
+from .load_options import LoadOptions
 from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 
@@ -59,42 +60,32 @@ DIFFUSION_MODEL = "diffusion model"
 
 
 @register_loader(DIFFUSION_MODEL)
-def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: bool = False,
-                         pack_to: str | None = None,
-                         model_options: Mapping[str, Any] | None = None, extra: str | None = None,
-                         host_formats: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
+def load_diffusion_model(path: str, extra: str | None = None,
+                         **options: Any) -> comfy.model_patcher.ModelPatcher:
     """Loads a diffusion model and keeps its packed weights packed.
 
     A file without packed weights goes to the host's own loader, unless it is to be packed.
 
     Args:
         path: of a file or folder; of a whole checkpoint only the model is loaded.
-        compute: one of `compute_dtype.COMPUTE`.
-        disable_dynamic: keep the model out of dynamic VRAM.
-        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`; plain weights are packed to
-            it as they are read.
-        model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
-            host's own loader.
         extra: path of a module: a file with further layers of the model, such as VACE's.
-        host_formats: one of `who_computes.HOST_FORMATS`.
+        options: of `LoadOptions`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known diffusion model.
     """
-    model_options = dict(model_options or {})
-    recipe = Recipe(DIFFUSION_MODEL, (str(path),), {
-        "compute": compute, "disable_dynamic": disable_dynamic, "pack_to": pack_to,
-        "model_options": model_options, "extra": extra, "host_formats": host_formats})
-    device = model_options.get("load_device", comfy.model_management.get_torch_device())
-    formats = packed_formats(host_formats, device)
-    targets = model_targets(pack_to, [path, extra] if extra else [path], device, formats)
+    asked = LoadOptions(**options)
+    recipe = asked.recipe(DIFFUSION_MODEL, path, extra=extra)
+    device = asked.device or comfy.model_management.get_torch_device()
+    formats = packed_formats(asked.host_formats, device)
+    targets = model_targets(asked.pack_to, [path, extra] if extra else [path], device, formats)
     pack_to = targets.files[0]
     keeps_fp8 = device.type == "cpu" and pack_to is None and has_plain_fp8(path)
     if not (needs_own_reader(path, pack_to, formats) or extra or keeps_fp8):
-        patcher = _load_by_the_host(path, model_options, disable_dynamic)
+        patcher = _load_by_the_host(path, asked)
         if patcher is not None:
             targets.attach(patcher)
-            needs_recipe = disable_dynamic or targets.text
+            needs_recipe = asked.disable_dynamic or targets.text
             return recipe.attach(patcher) if needs_recipe else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
@@ -113,13 +104,11 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
                                              packed_formats(EXACT, device), device)
         module = module_layers(module_file, module)
         state_dict = join_module(state_dict, prefix, module)
-        stats = [part for part in (packed, packed_module) if part]
-        packed = PackStats.merge(stats) if stats else None
+        packed = PackStats.merge([packed, packed_module])
     add_texts(state_dict, prefix, path)
-    devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
     with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
         files = dict.fromkeys(module, os.path.basename(extra)) if extra else None
-        patcher = build_model(file, state_dict, compute, disable_dynamic, devices, files)
+        patcher = build_model(file, state_dict, asked, files)
     if extra:
         reject_unused_module(patcher, module, path, extra)
     if packed:
@@ -129,14 +118,14 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     return recipe.attach(patcher)
 
 
-def _load_by_the_host(path: str, model_options: dict[str, Any],
-                      disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
+def _load_by_the_host(path: str,
+                      asked: LoadOptions) -> comfy.model_patcher.ModelPatcher | None:
     """Returns the model, None where the host does not know it as it is in the file."""
     left_over = reject_incomplete(os.path.basename(path), shapes_in(path))
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
-            patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
-                                                    disable_dynamic=disable_dynamic)
+            patcher = comfy.sd.load_diffusion_model(path, dict(asked.model_options),
+                                                    disable_dynamic=asked.disable_dynamic)
             check.attach(patcher)
             check.leave_over(left_over)
         keep_weights_whole(patcher)
@@ -189,25 +178,22 @@ def read_weights(
     return in_parts(state_dict, formats) if may_have_host_formats(pack_to) else state_dict, packed
 
 
-def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
-                compute: str = "exact", disable_dynamic: bool = False,
-                model_options: Mapping[str, Any] | None = None,
+def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: LoadOptions,
                 files: Mapping[str, str] | None = None) -> comfy.model_patcher.ModelPatcher:
     """Builds the host's diffusion model from the weights of a file.
 
     Args:
         file: of the weights.
         state_dict: of `file`, with the host's names.
-        compute: one of `compute_dtype.COMPUTE`.
-        disable_dynamic: keep the model out of dynamic VRAM.
-        model_options: the host's.
+        asked: of the host's options it takes the devices.
         files: see `check_load`.
 
     Raises:
         WeightFileError: if the host detects no diffusion model.
     """
-    operations = operations_for(state_dict, compute=compute)
-    options = {**(model_options or {}), "custom_operations": operations}
+    options = {key: value for key, value in asked.model_options.items()
+               if key.endswith("_device")}
+    options["custom_operations"] = operations_for(state_dict, compute=asked.compute)
     patcher = None
     if is_diffusion_model(state_dict):
         with (
@@ -219,9 +205,9 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             check.leave_over(reject_incomplete(file.name, state_dict))
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),
-                disable_dynamic=disable_dynamic)
+                disable_dynamic=asked.disable_dynamic)
             check.attach(patcher)
     if patcher is None:
         reject_unknown_model(file, state_dict)
-    wrap_model(patcher, file, compute)
+    wrap_model(patcher, file, asked.compute)
     return patcher

@@ -132,9 +132,11 @@ class PackStats:
         return text
 
     @classmethod
-    def merge(cls, parts: Iterable["PackStats"]) -> "PackStats":
-        """Returns the stats of a model of several files."""
-        parts = list(parts)
+    def merge(cls, parts: Iterable["PackStats | None"]) -> "PackStats | None":
+        """Returns the stats of a model of several files, None where nothing was to be packed."""
+        parts = [part for part in parts if part]
+        if not parts:
+            return None
         sources, unchanged, unfit = (
             tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
             for field in ("sources", "unchanged", "unfit"))

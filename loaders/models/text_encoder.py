@@ -2,7 +2,7 @@
 import collections
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -21,7 +21,7 @@ from ..comfyui.keep_packed import wrap_clip
 from ..comfyui.load_check import check_load
 from ..comfyui.quantized_weights import in_parts
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..comfyui.who_computes import packed_formats
 from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, first_line, model_name
 from ..encoders.arch import SENTENCEPIECE, Weights
@@ -37,9 +37,10 @@ from ..encoders.type_choice import AUTOMATIC as AUTOMATIC_TYPE
 from ..encoders.type_choice import choose_type
 from ..files.open_weights import open_weights
 from ..progress import Progress
-from ..recipe import Recipe, register_loader
+from ..recipe import register_loader
 from .encoder_file import EncoderFile, unwrap_encoder
 from .fit_device import encoder_targets
+from .load_options import LoadOptions
 from .loader_choice import needs_own_reader
 from .mmproj import add_vision, find_vision
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
@@ -50,9 +51,7 @@ AUTO = "auto"  # use the mmproj file next to the encoder
 
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
                       embedding_directory: list[str] | None = None, mmproj: str | None = AUTO,
-                      model_options: Mapping[str, Any] | None = None, disable_dynamic: bool = False,
-                      pack_to: str | None = None,
-                      host_formats: str = AUTOMATIC, compute: str = "exact") -> comfy.sd.CLIP:
+                      **options: Any) -> comfy.sd.CLIP:
     """Loads one to four files or folders as one CLIP and keeps packed weights packed.
 
     The files may have different formats. Files without packed weights go to the host's own loader,
@@ -65,12 +64,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         embedding_directory: folders of textual inversions.
         mmproj: path of the file with the vision tower; AUTO: the file next to the encoder that
             fits; None: no vision tower.
-        model_options: the host's, such as `load_device`.
-        disable_dynamic: keep the encoder out of dynamic VRAM.
-        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`; plain weights are packed to
-            it as they are read. Several files share a size by their bytes.
-        host_formats: one of `who_computes.HOST_FORMATS`.
-        compute: see `PackedLayer`.
+        options: of `LoadOptions`. Several files share a size by their bytes.
 
     Raises:
         WeightFileError: if a file cannot be read, or if they are not text encoders of this type.
@@ -78,22 +72,20 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     if clip_type == AUTOMATIC_TYPE:
         clip_type = _type_of_files(paths)
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-    recipe = Recipe(TEXT_ENCODER, tuple(map(str, paths)), {
-        "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
-        "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to, "host_formats": host_formats, "compute": compute})
-    model_options = dict(model_options or {})
-    device = model_options.get("load_device", comfy.model_management.text_encoder_device())
-    formats = packed_formats(host_formats, device)
-    targets = encoder_targets(pack_to, paths, device)
+    asked = LoadOptions(**options)
+    recipe = asked.recipe(TEXT_ENCODER, *paths, clip_type=clip_type, mmproj=mmproj,
+                          embedding_directory=embedding_directory)
+    device = asked.device or comfy.model_management.text_encoder_device()
+    formats = packed_formats(asked.host_formats, device)
+    targets = encoder_targets(asked.pack_to, paths, device)
     by_the_host = not any(needs_own_reader(path, target, formats)
                           for path, target in zip(paths, targets.files))
     if by_the_host and mmproj in (AUTO, None):
-        clip = _load_by_the_host(paths, embedding_directory, host_type, model_options,
-                                 disable_dynamic)
+        clip = _load_by_the_host(paths, embedding_directory, host_type, dict(asked.model_options),
+                                 asked.disable_dynamic)
         if clip is not None:
             targets.attach(clip.patcher)
-            if disable_dynamic or targets.text:
+            if asked.disable_dynamic or targets.text:
                 recipe.attach(clip.patcher)
             return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
@@ -107,8 +99,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
-    model_options["custom_operations"] = operations_for(
-        collections.ChainMap(*weights), full_precision=True, compute=compute)
+    operations = operations_for(
+        collections.ChainMap(*weights), full_precision=True, compute=asked.compute)
     with (
         dequantize_plain_parameters(),
         omit_missing_towers(paths),
@@ -117,7 +109,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     ):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type,
-            model_options=model_options, disable_dynamic=disable_dynamic)
+            model_options={**asked.model_options, "custom_operations": operations},
+            disable_dynamic=asked.disable_dynamic)
         check.attach(clip)
     progress.stage()
     wrap_clip(clip)
@@ -230,7 +223,7 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                 pack_weights(encoder.file, weights[index], target, progress, device=device))
             if may_have_host_formats(target):
                 weights[index] = in_parts(weights[index], formats)
-    return (weights, PackStats.merge(pack_stats) if pack_stats else None,
+    return (weights, PackStats.merge(pack_stats),
             [encoder.tower for encoder in encoders if encoder.tower])
 
 

@@ -35,8 +35,8 @@ def encoder(tmp_path, monkeypatch):
     load = load_text_encoder.load_text_encoder
     monkeypatch.setattr(
         load_text_encoder,
-        "load_text_encoder", lambda paths, kind, embeddings, vision, options, *rest: load(
-            paths, kind, embeddings, vision, {**case.model_options, **options}, *rest))
+        "load_text_encoder", lambda *args, model_options, **options: load(
+            *args, model_options={**case.model_options, **model_options}, **options))
     return "clip_l.gguf"
 
 

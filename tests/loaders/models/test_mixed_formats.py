@@ -37,7 +37,7 @@ def test_each_layer_is_computed_by_its_own_format(seed, tmp_path):
     lora = (lora_for(values, draw.choice(["lora", "dora", "loha", "lokr"])), 0.8)
     without, expected = run(dense), run(patched(dense, lora))
     for compute in (EXACTLY, AUTOMATIC, FAST):
-        model = load_diffusion_model(path, MEANINGS[compute].arithmetic,
+        model = load_diffusion_model(path, compute=MEANINGS[compute].arithmetic,
                                      host_formats=MEANINGS[compute].host_formats)
         assert not load_notes(model)
         assert relative(run(model), without) < (1e-4 if compute != FAST else 0.1), compute
