@@ -38,9 +38,8 @@ class RelativeError:
             peaks = values.flatten(1).abs().amax(1).topk(min(PEAKS, len(values))).indices
             largest = values[peaks].cpu().double()
             of_largest = float_values(take_rows(piece, peaks.cpu())).double().sub_(largest)
-            usual = _usual_magnitude(sample)
-            self.has_emptied_row |= (_has_emptied_row(sample, error, usual)
-                                     or _has_emptied_row(largest, of_largest, usual))
+            self.has_emptied_row |= (_has_emptied_row(sample, error, sample)
+                                     or _has_emptied_row(largest, of_largest, sample))
         self.error += error.square_().sum().item()
         self.power += sample.square_().sum().item()
 
@@ -73,14 +72,22 @@ def _usual_magnitude(values: torch.Tensor) -> float:
     return (others / max(1, magnitudes.shape[1] - 1)).median().item()
 
 
-def _has_emptied_row(values: torch.Tensor, errors: torch.Tensor, usual: float) -> bool:
-    """Returns whether packing has left next to nothing of a row of values (N, ...)."""
-    magnitudes = values.flatten(1).abs()
-    is_gone = (errors.flatten(1).abs() >= GONE * magnitudes) & (magnitudes > 0)
-    gone, left = is_gone.sum(1), ((magnitudes > 0) & ~is_gone).sum(1)
-    most = 1 + magnitudes.shape[1] // KEPT
+def _has_emptied_row(values: torch.Tensor, errors: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Returns whether packing has left next to nothing of a row of values (N, ...).
+
+    sample: rows of the weight, which say what the usual magnitude is.
+    """
+    values, errors = values.flatten(1), errors.flatten(1)
+    most = 1 + values.shape[1] // KEPT
+    gone_or_zero = (errors.abs() >= GONE * values.abs()).sum(1)
+    rows = (gone_or_zero >= values.shape[1] - most).nonzero().view(-1)
+    if not len(rows):  # nearly always, so what follows costs nothing
+        return False
+    magnitudes, errors = values[rows].abs(), errors[rows].abs()
+    is_gone = (errors >= GONE * magnitudes) & (magnitudes > 0)
+    gone = is_gone.sum(1)
     size = (magnitudes * is_gone).sum(1) / gone.clamp(min=1)
-    return bool(((left <= most) & (gone > most) & (size > DEAD * usual)).any())
+    return bool(((gone > most) & (size > DEAD * _usual_magnitude(sample))).any())
 
 
 def holds(piece: torch.Tensor, values: torch.Tensor) -> bool:
