@@ -16,6 +16,7 @@ LOST = 0.25
 # A value that has lost this share of itself is gone. A row is emptied where no more than one in
 # KEPT of its values is left, and those that are gone have at least DEAD of the usual magnitude.
 GONE, KEPT, DEAD = 0.9, 100, 1e-3
+CACHED_VALUES = 1 << 18  # whose magnitudes stay in a processor's cache
 PEAKS = 4  # rows with the largest values, which are looked at beside the sample
 
 
@@ -35,7 +36,9 @@ class RelativeError:
         sample = values[:count].cpu().double()
         error = float_values(piece, count).double().sub_(sample)
         if values.ndim > 1:
-            peaks = values.flatten(1).abs().amax(1).topk(min(PEAKS, len(values))).indices
+            rows = values.flatten(1)
+            peaks = torch.cat([part.abs().amax(1) for part in rows.split(
+                max(1, CACHED_VALUES // rows.shape[1]))]).topk(min(PEAKS, len(values))).indices
             largest = values[peaks].cpu().double()
             of_largest = float_values(take_rows(piece, peaks.cpu())).double().sub_(largest)
             self.has_emptied_row |= (_has_emptied_row(sample, error, sample)
