@@ -81,12 +81,15 @@ class Collector:
 
     layers: name -> layer. memory: bytes of moments on the model's device, at most half of what is
     free on it. most_tokens: of one input, evenly spaced; None: all. on_device: False keeps all
-    moments on the CPU. is_paused: nothing is collected.
+    moments on the CPU. on_error: is called with what goes wrong, after which nothing is collected
+    and the model runs on; None: it is raised. is_paused: nothing is collected.
     """
 
     def __init__(self, layers: Mapping[str, torch.nn.Linear], memory: int = MEMORY,
-                 most_tokens: int | None = None, on_device: bool = True):
+                 most_tokens: int | None = None, on_device: bool = True,
+                 on_error: Callable[[Exception], None] | None = None):
         self.layers = layers
+        self.on_error = on_error
         self.most_tokens = most_tokens
         self.is_paused = False
         self.block = block_for([layer.in_features for layer in layers.values()], memory)
@@ -126,7 +129,15 @@ class Collector:
     def _on_inputs(self, name: str, layer: torch.nn.Module, args: tuple):
         if self.is_paused:
             return
-        inputs = args[0]
+        try:
+            self._collect(name, args[0])
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self.is_paused = True
+            self.on_error(error)
+
+    def _collect(self, name: str, inputs: torch.Tensor):
         if name not in self.moments:
             if inputs.shape in self._latest:
                 latest, owner = self._latest[inputs.shape]

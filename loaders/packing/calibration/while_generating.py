@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from ....ops.log import PREFIX
 from ....ops.quantize.second_moments import STEP
 from ...comfyui.foreign_weights import COMPILED, reject_foreign_weights
+from ...container.weight_file import first_line
 from ...progress import Progress
 from .measure import measurement_of
 from .moment_collector import Collector, linear_layers, moment_bytes
@@ -62,7 +63,7 @@ class WhileGenerating:
         with collector:
             result = sample(noise, *args, **kwargs)
         self.images += 1 if noise.is_nested else len(noise)
-        if self.images >= self._next_save:
+        if self.images >= self._next_save and not self._is_stopped:
             self._next_save = 1 << self.images.bit_length()
             try:
                 about = {"samples": self.images, "steps": self._measured // self.images,
@@ -82,7 +83,9 @@ class WhileGenerating:
             return None
         layers = linear_layers(patcher.model)
         if self._collector is None:
-            collector = Collector(layers, most_tokens=MOST_TOKENS, on_device=False)
+            collector = Collector(
+                layers, most_tokens=MOST_TOKENS, on_device=False, on_error=lambda error:
+                self._stop(f"the measurement ends here: {first_line(error)}"))
             columns = [layer.in_features for layer in layers.values()]
             needed = moment_bytes(columns, collector.block)
             free: Any = comfy.model_management.get_free_memory(torch.device("cpu"))

@@ -1,6 +1,7 @@
 """A model is measured by images that are generated anyway: they stay equal, and what goes wrong
 with the measurement costs none of them."""
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from featherweight.loaders.packing.calibration.while_generating import (
     MEASURED_CALLS,
     WhileGenerating,
 )
+from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models", "one_thread")
 NAME = "wan2.1-t2v"
@@ -115,6 +117,26 @@ def test_an_error_while_it_is_saved_costs_no_image_and_ends_the_measurement(gene
         assert len(generation.generate(model)) == 8
     assert caplog.text.count(f"Measure Sensitivity: the measurement was not saved: {error}") == 1
     assert measured.images == 1
+
+
+def test_an_error_in_a_call_costs_no_image_and_ends_the_measurement(generation, monkeypatch,
+                                                                    caplog):
+    expected, saved = generation.generate(generation.patcher), []
+    number, add = random.randrange(30), SecondMoments.add
+
+    def fail_once(self, *args, **options):
+        nonlocal number
+        number -= 1
+        if number == -1:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return add(self, *args, **options)
+
+    monkeypatch.setattr(SecondMoments, "add", fail_once)
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    for _ in range(2):
+        assert all(map(torch.equal, generation.generate(model), expected))
+    text = "Measure Sensitivity: the measurement ends here: Allocation on device"
+    assert number == -1 and not saved and caplog.text.count(text) == 1
 
 
 def test_too_little_main_memory_is_said_once_and_nothing_is_measured(generation, monkeypatch,
