@@ -18,8 +18,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  Ctrl-C
   test [pytest ...]              run the linters and every test; with names of files only these,
                                  in seconds
-  test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, folder by
-                                 folder; those that have passed as they are now are left out
+  test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, a folder on
+                                 each core; those that have passed as they are now are left out
   lint                           check style (ruff) and types (pyright)
   bench [arguments]              measure speed and memory side by side
   quality [--packing [--host-types]]

@@ -1,10 +1,11 @@
-"""Runs the heavy tests, and those of which a whole run takes a few cases, in pieces, one folder
-after another, and goes on where it stopped.
+"""Runs the heavy tests, and those of which a whole run takes a few cases, in pieces, a folder on
+each core, and goes on where it stopped.
 
 A piece that has passed is not run again while the pack, its tests and what both share are the same
 bytes. What each took stands in .dev/heavy.json.
 """
 import argparse
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ PRODUCT = ("__init__.py", "child_process.py", "cluster", "loaders", "nodes", "op
 SHARED = ("tests/support", "tests/conftest.py", "tests/pytest.ini", "devtools", "demo_model")
 MARKS = "heavy or more_with_heavy"
 GIB = 1 << 30
-MOST_GIB = 20  # of memory that a piece may take, with all its processes
+MOST_GIB = 10  # of memory that a piece may take, with all its processes
 LOOK_SECONDS = 1
 NOTHING_TO_RUN = 5  # pytest's exit code
 
@@ -51,7 +52,7 @@ def state(files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_piece(files: list[Path], most_bytes: float) -> dict:
+def run_piece(name: str, files: list[Path], most_bytes: float) -> dict:
     """Run the heavy tests of some files, and end them where they take too much memory.
 
     Returns: whether they `passed`, the `seconds`, the most `bytes` in memory, and pytest's last
@@ -60,12 +61,13 @@ def run_piece(files: list[Path], most_bytes: float) -> dict:
     started, peak, lines = time.monotonic(), 0, []
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "--heavy", "-m", MARKS, "-p", "no:xdist",
-         *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+         *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def show():
         for line in process.stdout or ():
             lines.append(line.strip())
-            print(line, end="", flush=True)
+            print(f"{name}: {line}", end="", flush=True)
 
     reader = threading.Thread(target=show)
     reader.start()
@@ -121,21 +123,31 @@ def main(arguments: list[str]) -> int:
     """Run the pieces that have not passed as they are now, and print the table of all."""
     parser = argparse.ArgumentParser(prog="python3 dev.py test --heavy")
     parser.add_argument("pieces", nargs="*", metavar="FOLDER", help="only these; default: all")
+    parser.add_argument("--at-once", type=int, metavar="N",
+                        help="pieces at the same time; default: one for each core, by the memory")
     parser.add_argument("--most-gib", type=float, default=MOST_GIB,
                         help="memory of a piece, above which it is ended")
     chosen, found = parser.parse_args(arguments), pieces()
     if unknown := set(chosen.pieces) - found.keys():
         parser.error(f"no heavy tests are in {', '.join(unknown)}; they are in {', '.join(found)}")
-    for name in chosen.pieces or found:
+    most_bytes, lock = chosen.most_gib * GIB, threading.Lock()
+    fitting = int(psutil.virtual_memory().total / most_bytes)
+    at_once = chosen.at_once or max(1, min(os.cpu_count() or 1, fitting))
+
+    def run(name: str):
         now, row = state(found[name]), read_record().get(name, {})
         if row.get("passed") and row["state"] == now:
-            continue
+            return
         print(f"Heavy tests of {name}", flush=True)
-        row = {"state": now, **run_piece(found[name], chosen.most_gib * GIB)}
-        record = read_record() | {name: row}  # another process may have written other rows
-        partial = RECORD.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(record, indent=1))
-        partial.replace(RECORD)
+        row = {"state": now, **run_piece(name, found[name], most_bytes)}
+        with lock:
+            record = read_record() | {name: row}
+            partial = RECORD.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(record, indent=1))
+            partial.replace(RECORD)
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, chosen.pieces or found))
     record = read_record()
     print("\n| piece | seconds | GB | result |\n|---|---|---|---|")
     for name, row in sorted(record.items()):

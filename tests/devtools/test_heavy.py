@@ -48,3 +48,15 @@ def test_a_folder_without_heavy_tests_is_refused(piece, capfd):
     with pytest.raises(SystemExit):
         heavy.main(["tests/another"])
     assert "they are in tests/piece" in capfd.readouterr().err
+
+
+def test_pieces_run_at_the_same_time_and_each_is_in_the_table(piece, tmp_path, monkeypatch, capfd):
+    files = {name: tmp_path / f"test_{name}.py" for name in "ab"}
+    wait = ("import pathlib, time; pathlib.Path({own!r}).touch(); end = time.monotonic() + 60\n"
+            "    while not pathlib.Path({other!r}).exists(): assert time.monotonic() < end")
+    for name, other in ("ab", "ba"):
+        files[name].write_text(TEST.format(mark="heavy", body=wait.format(
+            own=str(tmp_path / name), other=str(tmp_path / other))))
+    monkeypatch.setattr(heavy, "pieces", lambda: {name: [file] for name, file in files.items()})
+    assert heavy.main(["--at-once", "2"]) == 0
+    assert [line.split()[1] for line in capfd.readouterr().out.splitlines()[-2:]] == ["a", "b"]
