@@ -108,31 +108,35 @@ def explain_missing_config(file: WeightFile):
             " of an LTX model. Get a conversion that keeps it, or the original file.") from error
 
 
+BUILD_ADVICE = ("Download it again if a part of it may be missing, or get another conversion of the"
+                " model.")
+
+
 @contextlib.contextmanager
-def explain_build_errors(name: str):
+def explain_build_errors(name: str, mismatch_advice: str = BUILD_ADVICE,
+                         *others: type[Exception]):
     """Raises WeightFileError if the host cannot build a model with the weights of a file.
 
     Args:
-        name: of the file.
+        name: of the file, or of several.
+        mismatch_advice: where the weights have other sizes than the model.
+        others: further errors that say of a model of this kind that it cannot be built.
     """
-    advice = (
-        "Download it again if a part of it may be missing, or get another conversion of the"
-        " model."
-    )
     try:
         yield
     except WeightFileError:
         raise
-    except (ArithmeticError, AssertionError, IndexError, ValueError) as error:
+    except (ArithmeticError, AssertionError, IndexError, ValueError, *others) as error:
         raise WeightFileError(
             f"{name}: ComfyUI knows the names of the weights, but cannot build a model"
-            f" of their number and sizes ({first_line(error)}). {advice}") from error
+            f" of their number and sizes ({first_line(error)}). {BUILD_ADVICE}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:
             raise
         elsewhere = [hint for part, hint in PARTS_ELSEWHERE.items() if f" {part}:" in str(error)]
-        raise WeightFileError(f"{name}: {mismatch} {''.join(elsewhere) or advice}") from error
+        advice = "".join(elsewhere) or mismatch_advice
+        raise WeightFileError(f"{name}: {mismatch} {advice}") from error
 
 
 def shape_mismatch_text(error: RuntimeError) -> str | None:

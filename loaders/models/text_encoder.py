@@ -1,6 +1,5 @@
 """Loads text encoders from weight files and folders as the host's own CLIP, with packed weights."""
 import collections
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +15,19 @@ from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ..comfyui.contents import encoder_comfy_keys, file_contents
-from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
+from ..comfyui.detection import (
+    UNKNOWN_ERRORS,
+    explain_build_errors,
+    is_diffusion_model,
+    shape_mismatch_text,
+)
 from ..comfyui.keep_packed import wrap_clip
 from ..comfyui.load_check import check_load
 from ..comfyui.quantized_weights import in_parts
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import packed_formats
 from ..comfyui.wrong_kind import describe_other_kind
-from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, first_line, model_name
+from ..container.weight_file import WeightFileError, model_name
 from ..encoders.arch import SENTENCEPIECE, Weights
 from ..encoders.encoder_sets import (
     TEXT_ALONE,
@@ -46,6 +50,8 @@ from .mmproj import add_vision, find_vision
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
+OTHER_SIZE = ("Choose the type of model that it is for at `type`, or get the size that the workflow"
+              " is for.")
 AUTO = "auto"  # use the mmproj file next to the encoder
 
 
@@ -104,7 +110,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     with (
         dequantize_plain_parameters(),
         omit_missing_towers(paths),
-        _explain_shapes(paths),
+        explain_build_errors(_names(paths), OTHER_SIZE, LookupError, NameError),
         check_load(_names(paths) + "".join(f" (with {tower})" for tower in towers), notes) as check,
     ):
         clip = comfy.sd.load_text_encoder_state_dicts(
@@ -244,21 +250,3 @@ def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
     for name, family, part in zip(names, families, weights):
         log.info("%s: %s, %s bytes in memory", name,
                  TITLES.get(family or "", family), sum(tensor.nbytes for tensor in part.values()))
-
-
-@contextlib.contextmanager
-def _explain_shapes(paths: list[str]):
-    """Raises WeightFileError if the host takes the weights for a model of another size."""
-    try:
-        yield
-    except (LookupError, NameError) as error:  # names that the host counts on
-        raise WeightFileError(
-            f"{_names(paths)}: ComfyUI cannot build a text encoder of the weights"
-            f" ({first_line(error)}). {DOWNLOAD_AGAIN}") from error
-    except RuntimeError as error:
-        mismatch = shape_mismatch_text(error)
-        if mismatch is None:
-            raise
-        raise WeightFileError(
-            f"{_names(paths)}: {mismatch} Choose the type of model that it is for at `type`, or get"
-            " the size that the workflow is for.") from error
