@@ -2,8 +2,10 @@
 
 The value of a patch is an adapter of `comfy.weight_adapter`, whose tuple `weights` has no names, or
 a tuple such as ("diff", (tensor,)). Where the factors of an adapter do not fit, the host fails
-during a step, or logs an error at every step.
+during a step, or logs an error at every step. Of an adapter of a type that is not known here, as
+another pack's, nothing is assumed but that it changes a whole weight.
 """
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -102,9 +104,8 @@ def adapter_fields(
 
 def adapter_tensors(value) -> list[torch.Tensor]:
     """Returns the factors of an adapter; other patches, which stay where they are, have none."""
-    if not isinstance(value, WeightAdapterBase):
-        return []
-    return [leaf for leaf in tree_leaves(value.weights) if isinstance(leaf, torch.Tensor)]
+    weights = getattr(value, "weights", None) if isinstance(value, WeightAdapterBase) else None
+    return [leaf for leaf in tree_leaves(weights) if isinstance(leaf, torch.Tensor)]
 
 
 def to_device(value, device: torch.device):
@@ -112,15 +113,17 @@ def to_device(value, device: torch.device):
 
     Other patches are returned as they are, since they may hold whole models.
     """
-    if not isinstance(value, WeightAdapterBase):
+    if not adapter_tensors(value):
         return value
     weights = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value.weights)
     return like(value, weights)
 
 
 def like(adapter: WeightAdapterBase, weights) -> WeightAdapterBase:
-    """Returns an adapter of the same type with other weights."""
-    return type(adapter)(adapter.loaded_keys, weights)  # pyright: ignore[reportCallIssue]
+    """Returns a copy of an adapter with other weights."""
+    adapter = copy.copy(adapter)
+    adapter.weights = weights
+    return adapter
 
 
 # --- what a patch does ---
@@ -214,9 +217,10 @@ def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, in
         factors contradict each other.
     """
     if isinstance(value, WeightAdapterBase):
-        if any(tensor.ndim < 2 for tensor in adapter_tensors(value)):
+        fields = adapter_fields(value)
+        if fields is not None and any(tensor.ndim < 2 for tensor in adapter_tensors(value)):
             return None
-        return _adapter_shape(adapter_fields(value), target)
+        return _adapter_shape(fields, target)
     tensor = _whole_tensor(value)
     if tensor is None:
         return None, None
@@ -243,6 +247,8 @@ def shape_mismatch(value, shape: Sequence[int],
             return f"it is made for rows {start} to {start + length}, the weight has {size}"
         target[dimension] = length
     if isinstance(value, WeightAdapterBase):
+        if adapter_fields(value) is None:
+            return None
         if not all(tensor.numel() for tensor in adapter_tensors(value)):
             return "its rank is 0"
         made_for = shape_of(value, target)

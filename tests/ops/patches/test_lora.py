@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from comfy.ops import manual_cast
-from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from patched_models import (
     FORMAT_NAMES,
     KINDS,
@@ -345,11 +345,40 @@ def test_half_a_pair_leaves_the_model_as_it_was(half):
     assert torch.equal(run(packed), without)
 
 
-def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
-    class Future(LoKrAdapter.__base__):
-        loaded_keys, weights = set(), (torch.ones(2, 2),)
+class Unknown(WeightAdapterBase):
+    """An adapter as another pack may define it: a constructor of its own, weights of any kind."""
 
-    assert shape_mismatch(Future(), torch.Size((8, 6))) is None
+    name = "unknown"
+
+    def __init__(self, *, gain: float, **attributes):
+        self.gain = gain
+        vars(self).update(attributes)
+
+    def calculate_weight(self, weight, key, strength, *args, **kwargs):
+        return weight * (1 + strength * self.gain) + 0.01 * strength
+
+
+WEIGHTS = {"none": {}, "a vector": {"weights": [torch.ones(3)]}, "names": {"weights": {"a": "b"}},
+           "a matrix": {"weights": (torch.ones(2, 2), None)}, "an empty one": {
+               "weights": torch.ones(0)}, "no tensor": {"weights": None, "loaded_keys": set()}}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("loras", [0, 1])
+def test_adapters_that_are_not_known_here_act_as_on_dense_weights(weights, loras, caplog):
+    packed, dense = flux_pair("Q4_K")
+    without, lora = run(dense), lora_for(flux_file("Q4_K")[1])
+    found = []
+    for patcher in (dense, packed):
+        patcher = patched(patcher, *[(lora, 0.5)] * loras)
+        patcher = patcher.clone()
+        patcher.add_patches({
+            f"diffusion_model.{name}": Unknown(gain=0.3, **WEIGHTS[weights])
+            for name, weight in patcher.model.diffusion_model.named_parameters()
+            if weight.ndim == 2}, 0.7)
+        found.append(run(patcher))
+    assert error_by_effect(found[1], found[0], without) < LIMIT
+    assert "left out" not in caplog.text
 
 
 # --- the branch ---
