@@ -5,14 +5,12 @@ import os
 
 import legacy_ids
 import pytest
-from legacy_files import WORKFLOWS, write_files
+from legacy_files import OTHER_ON_A_GPU, WORKFLOWS, write_files
 
 from devtools.host.browser import UNKNOWN
 from devtools.workflows.api_format import to_api, widget_values
 
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
-# a plain fp8 model with a LoRA, which ComfyUI loads itself on a GPU, and rounds to fp8 again
-OTHER_ON_A_GPU = "api loaders given safetensors"
 FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
 LOADERS = set(legacy_ids.LEGACY)
 

@@ -10,6 +10,8 @@ from devtools import demo
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
 
+# a plain fp8 model with a LoRA, which ComfyUI loads itself on a GPU, and rounds to fp8 again
+OTHER_ON_A_GPU = "api loaders given safetensors"
 WORKFLOWS = sorted((Path(__file__).parents[1] / "server" / "legacy_workflows").glob("*.json"))
 
 
