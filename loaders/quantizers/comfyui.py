@@ -470,7 +470,7 @@ def layer_parts(weight: PackedTensor) -> tuple[Settings, Parts]:
 def _float_parts(packed_format: RowFormat, codes: torch.Tensor,
                  tensors: Parts) -> tuple[Settings, Parts]:
     layout, scale = packed_format.layout, tensors["scale"]
-    if layout.groups == 1:
+    if packed_format.family == F8_E4M3.name:  # one number for all rows
         parts = {SCALE: scale[0]}
     elif not layout.row_scale:
         parts = {SCALE: _scales_in_pieces(packed_format, scale)}

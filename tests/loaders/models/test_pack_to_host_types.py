@@ -242,8 +242,10 @@ def test_a_model_beside_has_the_hosts_layers_where_its_loader_takes_them(
     of_the_host = load(path, type_name)
     is_theirs = not name.startswith(NOT_THE_HOSTS)
     assert layers_of_the_host(network(of_the_host)) == packed * is_theirs
+    # of convrot_w4a4 kitchen's torch code rounds the inputs to 4 bits, whatever the file asks for
+    most = ERRORS[type_name] if type_name == "convrot_w4a4" else 0.05
     assert out is None or relative_error(out(of_the_host), out(own)) < (
-        0.05 if is_theirs else 1e-6)
+        most if is_theirs else 1e-6)
 
 
 ENCODERS_READ = ("t5-xxl of transformers", "qwen3-4b", "clip-l")

@@ -13,8 +13,9 @@ from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.row_slicing import take_rows
 
-# (rows, columns); of 272 and 80 columns no 64 rotate, of 100 none
-SHAPES = [(160, 512), (32, 256), (48, 320), (272, 272), (16, 80), (7, 100), (300, 1024)]
+# (rows, columns); of 272 and 80 columns no 64 rotate, of 100 none; the last have one block in a row
+SHAPES = [(160, 512), (32, 256), (48, 320), (272, 272), (16, 80), (7, 100), (300, 1024), (48, 16),
+          (64, 16), (128, 32), (96, 64), (36, 128), (20, 256)]
 HOSTS_TYPES = [name for name in ROW_TYPES if name == "int8_convrot" or name in QUANT_ALGOS]
 SIZES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
