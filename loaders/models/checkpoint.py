@@ -71,7 +71,8 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     for_host = {  # in the words of ComfyUI's own loader
         "embedding_directory": embedding_directory, "disable_dynamic": asked.disable_dynamic,
         "output_model": output_model, "output_clip": output_clip, "output_vae": output_vae,
-        "model_options": asked.model_options, "te_model_options": device_options(encoder_device)}
+        "model_options": dict(asked.model_options),
+        "te_model_options": device_options(encoder_device)}
     computing_device = device or comfy.model_management.get_torch_device()
     formats = packed_formats(asked.host_formats, computing_device)
     encoder_formats = packed_formats(
