@@ -124,7 +124,7 @@ def _load_by_the_host(path: str,
     left_over = reject_incomplete(os.path.basename(path), shapes_in(path))
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
-            patcher = comfy.sd.load_diffusion_model(path, dict(asked.model_options),
+            patcher = comfy.sd.load_diffusion_model(path, model_options=dict(asked.model_options),
                                                     disable_dynamic=asked.disable_dynamic)
             check.attach(patcher)
             check.leave_over(left_over)
