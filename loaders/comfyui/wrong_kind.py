@@ -28,7 +28,7 @@ NOT_DIFFUSION = (
 )
 
 
-# Of side models: a pattern of tensor names that only they have, the kind and the family.
+# Of side models: a pattern of tensor names that no other model has, the type and the family.
 MODEL_PATCH, CLIP_VISION, CONTROLNET = "model patch", "CLIP vision model", "ControlNet"
 SIDE_MODELS = (
     (r"^control_all_x_embedder\.", MODEL_PATCH, "Z-Image Fun ControlNet"),

@@ -1,4 +1,4 @@
-"""What is asked of a load, whatever kind of model it is of."""
+"""The options that the loaders of models, checkpoints and text encoders share."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,5 +35,5 @@ class LoadOptions:
         return self.model_options.get("load_device")
 
     def recipe(self, loader: str, *paths: str, **others: Any) -> Recipe:
-        """Returns the recipe of this load; others: arguments of its loader beside these."""
+        """Returns the recipe of a load; others: further arguments of the loader."""
         return Recipe(loader, tuple(map(str, paths)), vars(self) | others)

@@ -50,8 +50,8 @@ from .mmproj import add_vision, find_vision
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
-OTHER_SIZE = ("Choose the type of model that it is for at `type`, or get the size that the workflow"
-              " is for.")
+TYPE_ADVICE = ("Choose the type of model that it is for at `type`, or get the size that the"
+               " workflow is for.")
 AUTO = "auto"  # use the mmproj file next to the encoder
 
 
@@ -110,7 +110,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     with (
         dequantize_plain_parameters(),
         omit_missing_towers(paths),
-        explain_build_errors(_names(paths), OTHER_SIZE, LookupError, NameError),
+        explain_build_errors(_names(paths), TYPE_ADVICE, LookupError, NameError),
         check_load(_names(paths) + "".join(f" (with {tower})" for tower in towers), notes) as check,
     ):
         clip = comfy.sd.load_text_encoder_state_dicts(

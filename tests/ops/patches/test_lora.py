@@ -346,7 +346,7 @@ def test_half_a_pair_leaves_the_model_as_it_was(half):
 
 
 class Unknown(WeightAdapterBase):
-    """An adapter as another pack may define it: a constructor of its own, weights of any kind."""
+    """An adapter as another pack may define it: a constructor of its own, weights of any type."""
 
     name = "unknown"
 
@@ -366,6 +366,7 @@ WEIGHTS = {"none": {}, "a vector": {"weights": [torch.ones(3)]}, "names": {"weig
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("loras", [0, 1])
 def test_adapters_that_are_not_known_here_act_as_on_dense_weights(weights, loras, caplog):
+    assert shape_mismatch(Unknown(gain=0.3, **WEIGHTS[weights]), torch.Size((8, 6))) is None
     packed, dense = flux_pair("Q4_K")
     without, lora = run(dense), lora_for(flux_file("Q4_K")[1])
     found = []
