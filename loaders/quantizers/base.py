@@ -12,7 +12,7 @@ from ...ops.formats.base import FormatError
 from ..container.weight_file import DOWNLOAD_AGAIN, ProgressIter, WeightFile, safe_repr
 from ..name_lists import join_some
 from .comfyui_marks import MARK, marked_layers
-from .parts import Part, PartError, Parts, bind_sizes
+from .parts import Part, PartError, Parts, as_comparable, bind_sizes
 
 
 class Header(NamedTuple):
@@ -182,8 +182,10 @@ def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
                     pass
                 layer.layout = quantizer.layout(layer) if quantizer.layout else next(
                     iter(quantizer.layouts))
-                layer.sizes = bind_sizes(layer.parts, quantizer.layouts[layer.layout], {
+                expected = quantizer.layouts[layer.layout]
+                layer.sizes = bind_sizes(layer.parts, expected, {
                     part: whole[len(name) + 1:] for part, whole in layer.names.items() if part})
+                layer.parts = as_comparable(layer.parts, expected)
                 made = read(layer)
             except (PartError, FormatError) as error:
                 first = next(iter(layer.names.values()), name)

@@ -15,6 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.flo
 WHOLE = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
          torch.uint64)
 REAL = WHOLE + FLOATS
+UNCOMPARED = (torch.uint16, torch.uint32, torch.uint64)  # that torch reads, but compares with none
 TITLES = {FLOATS: "any float type", WHOLE: "any integer type", REAL: "any real type"}
 
 Parts = dict[str, torch.Tensor]
@@ -100,6 +101,30 @@ def bind_sizes(parts: Mapping[str, torch.Tensor], expected: Mapping[str, Part],
                             f" {part}{known and f' with {known}'}", part.advice)
         sizes = fitting
     return sizes
+
+
+def as_comparable(parts: Parts, expected: Mapping[str, Part]) -> Parts:
+    """Returns the parts of a layer, with numbers of any integer type in one that torch computes
+    with.
+
+    Args:
+        parts: name -> tensor.
+        expected: name -> what it must be.
+
+    Raises:
+        PartError: a number does not fit into int64.
+    """
+    return {name: _as_int64(name, tensor) if tensor.dtype in UNCOMPARED
+            and expected[name].dtypes in (WHOLE, REAL) else tensor
+            for name, tensor in parts.items()}
+
+
+def _as_int64(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    numbers = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64 and bool((numbers < 0).any()):
+        raise PartError(f"it has {name} of {describe(tensor)} with numbers above {2**63 - 1},"
+                        " expected smaller ones")
+    return numbers
 
 
 def _bind(text: str, shape: torch.Size, sizes: dict[str, int]) -> dict[str, int] | None:

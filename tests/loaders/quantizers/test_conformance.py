@@ -1,4 +1,6 @@
 """What every quantiser of the registry must do, by the weights in `tests/support/conformance`."""
+import datetime
+import random
 import re
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ from conformance.base import changed, save
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.parts import REAL, WHOLE
 from featherweight.loaders.quantizers.registry import QUANTIZERS, quantizer_of
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -58,6 +61,33 @@ def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(
         # a CPU may sum the low rank of fewer rows in another order
         difference = (rows - packed.dequantize()[index]).abs().max()
         assert difference <= 1e-6 * values.abs().max()
+
+
+def index_parts():
+    """The parts for which a file may choose any integer dtype, and the cases that have them."""
+    for quantizer, cases in CASES:
+        names = {name: None for layout in quantizer.layouts.values()
+                 for name, part in layout.items() if part.dtypes in (WHOLE, REAL)}
+        for name in names:
+            writers = {case: write for case, write in cases.WRITERS.items()
+                       if name in write().parts}
+            yield pytest.param(name, writers, id=f"{quantizer.name}: {name}")
+
+
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+@pytest.mark.parametrize(("name", "writers"), index_parts())
+def test_indices_mean_the_same_in_every_integer_dtype(name, writers, dtype, tmp_path):
+    case = random.Random(f"{datetime.date.today()} {dtype}").choice([*writers])
+    read = []
+    for each in (torch.int32, dtype):
+        written = writers[case]()
+        values, limits = written.parts[name], torch.iinfo(each)
+        if limits.min <= values.min() and values.max() <= limits.max:
+            written = replace(written, parts={**written.parts, name: values.to(each)})
+        folder = tmp_path / str(len(read))
+        folder.mkdir()
+        read.append(open_weights(save(folder, written)).state_dict()["L.weight"].dequantize())
+    assert torch.equal(*read), case
 
 
 @pytest.mark.parametrize(("quantizer", "write", "change", "message"), BAD)

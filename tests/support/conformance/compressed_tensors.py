@@ -98,6 +98,8 @@ BAD = damaged(
     groups_of_floats=({"weight_g_idx": torch.ones(128)}, "expected K numbers of any integer"),
     groups_of_none=({"weight_g_idx": torch.full((128,), 4)},
                     "its columns do not name one of its 4 groups each"),
+    groups_beyond_int64=({"weight_g_idx": torch.tensor([2**64 - 1] * 128, dtype=torch.uint64)},
+                         r"it has weight_g_idx of uint64 \(128,\) with numbers above 922337203685"),
     scales_of_doubles=({"weight_scale": torch.Tensor.double}, "it has weight_scale of float64"),
     codes_of_floats=({"weight_packed": torch.ones(96, 16)}, r"expected \(N, W\) of int32"),
     nvfp4_without_its_number=(

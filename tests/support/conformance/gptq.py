@@ -122,6 +122,8 @@ BAD = damaged(
     scales_of_integers=({"scales": torch.Tensor.short}, "scales of int16"),
     a_group_out_of_range=({"g_idx": lambda groups: groups + 1},
                           "columns do not name one of its 4 groups each"),
+    groups_beyond_int64=({"g_idx": torch.tensor([2**63] * 128, dtype=torch.uint64)},
+                         r"it has g_idx of uint64 \(128,\) with numbers above 9223372036854775807"),
     groups_of_other_columns=({"g_idx": lambda groups: groups[:8]},
                              r"it has g_idx of int32 \(8,\), expected K numbers"),
     no_dimension=({"scales": torch.ones(1).half()}, r"expected \(G, N\) of bfloat16"),

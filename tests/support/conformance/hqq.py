@@ -57,6 +57,8 @@ BAD = damaged(
     a_shape_of_one=({"shape": torch.tensor([96])}, "expected 2 numbers"),
     a_shape_of_others=({"shape": torch.tensor([96, 128])}, r"a weight of \(96, 128\)"),
     a_shape_that_is_vast=({"shape": torch.tensor([2**40, 2**40])}, "whole groups"),
+    a_shape_beyond_int64=({"shape": torch.tensor([2**64 - 96, 256], dtype=torch.uint64)},
+                          r"it has shape of uint64 \(2,\) with numbers above 9223372036854775807"),
     a_shape_below_nothing=({"shape": torch.tensor([-96, -256])}, "whole groups"),
     groups_across_rows=({"shape": torch.tensor([768, 32])}, "whole groups of columns"),
 ) | damaged(
