@@ -6,7 +6,8 @@ backend is a module `*_backend.py` with a constant `BACKEND` (see `kernel`), lis
 A kernel is used where it is proven right on its device (`validation`). A case (capability, format,
 dtype, device) is decided before the step that needs it, while a model loads (`decide`), and stays
 decided as long as the process runs: a model gives the same picture, bit for bit, all that time.
-GPUs' kernels are checked in another process, the others in this one. Verdicts are kept for each
+GPUs' kernels are checked in another process, the others in this one. Those of `ON_REQUEST` are
+used only where the user names them. Verdicts are kept for each
 driver, torch and compiler (`verdicts`). A step that needs a case that is not decided has torch do
 its work.
 """
@@ -24,7 +25,7 @@ from ..log import log
 from .checker import ProcessChecker
 from .decider import Decider
 from .kernel import PITCHED_MULTIPLE, QUANTIZING, Backend, Case, Kernel, Need, multiplies
-from .registry import BACKENDS
+from .registry import BACKENDS, ON_REQUEST
 from .torch_registration import contiguous
 
 __all__ = [
@@ -68,9 +69,9 @@ def _new_decider(device: torch.device) -> Decider:
     if setting and setting not in valid:
         log.warning("The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))
-    if is_off() or name is None:
+    if is_off() or name is None or (name in ON_REQUEST and setting != name):
         return Decider(device, None)
-    is_apart = device.type == "cuda" and setting != name
+    is_apart = name in ON_REQUEST or (device.type == "cuda" and setting != name)
     return Decider(device, name, ProcessChecker() if is_apart else None)
 
 

@@ -1,4 +1,5 @@
-"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch at run time. Not yet run on a Mac.
+"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch at run time. Not yet run on a
+Mac, and so used only on request.
 
 Apple GPUs flush float32 subnormals to zero, in torch's operations as in kernels. So values equal
 the reference's on that GPU, but differ from a CPU's where a scale is below 2**-118, which only

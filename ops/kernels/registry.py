@@ -8,6 +8,7 @@ from .kernel import Backend
 
 # The backend for each type of torch device; ROCm's are "cuda" too.
 BACKENDS = {"cpu": "cpp", "cuda": "hiprtc" if torch.version.hip else "nvrtc", "mps": "metal"}
+ON_REQUEST = ("metal",)  # those that nothing has run yet: used only where the user names them
 
 
 def _cpp() -> Backend:

@@ -109,6 +109,18 @@ def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_run(
         assert "no driver" in decision.why
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is Metal")
+def test_a_macs_gpu_is_first_used_by_the_other_process():
+    process = ProcessChecker()
+    decider = Decider(torch.device("mps", 0), "metal", process)
+    try:
+        assert decide(decider, "Q4_0") == ["open"]
+    finally:
+        process.end()
+    decision = decider.find(Case("dequantize", "Q4_0", torch.float32))
+    assert "MPS" in decision.why.upper() and decider.reason == ""
+
+
 def test_one_process_serves_several_loads_and_another_starts_where_it_has_ended():
     with deciding() as decider:
         assert decide(decider, "Q4_0") == ["right"]

@@ -108,6 +108,14 @@ def test_a_kernel_that_is_right_is_used(use):
     assert torch.equal(values, packed().dequantize())
 
 
+@pytest.mark.parametrize("setting", ["", "auto", "torch", "cpp", "metal"])
+def test_a_macs_gpu_has_no_kernels_until_the_user_names_them_and_another_process_checks_these(
+        setting, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, setting)
+    found = kernels._new_decider(torch.device("mps", 0))
+    assert (found.is_off, found._checker is None) == (setting != "metal", setting != "metal")
+
+
 def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_used(use, caplog):
     caplog.set_level(logging.DEBUG, "featherweight")
     use(backend(kernel("dequantize", dequantize_rounded)))
