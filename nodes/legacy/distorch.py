@@ -1,7 +1,6 @@
-"""Allocations as ComfyUI-MultiGPU's nodes define them: virtual VRAM, donors, expert-mode strings.
+"""What ComfyUI-MultiGPU's nodes ask for: virtual VRAM on donors, and expert-mode strings.
 
-An allocation is the number of bytes for each device. Bytes that are assigned to no device stay on
-the one that computes.
+Of a string only what it gives the device that computes is used.
 """
 import math
 import re
@@ -18,8 +17,6 @@ MAX_AMOUNT = 1e18  # in any unit; an infinite number could not be divided
 UNIT_BYTES = {"g": GIB, "m": 1 << 20, "k": 1 << 10, "b": 1, "": 1}  # by a unit's first letter
 AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([gmk]i?b?|b|%|)|\*", re.I)
 
-Allocation = dict[torch.device, int]
-
 
 @short_error_name
 class UnreadableError(ValueError):
@@ -31,8 +28,8 @@ class UnreadableError(ValueError):
 
 def allocate_virtual_vram(
     size: int, virtual_vram_gb: float, compute: torch.device, donors: Sequence[torch.device]
-) -> Allocation:
-    """Assigns a part of a model to donors, each of which is filled up to its memory.
+) -> dict[torch.device, int]:
+    """Returns the bytes of a model for each device; donors are filled up to their memory.
 
     Args:
         size: bytes of the model.
@@ -40,20 +37,23 @@ def allocate_virtual_vram(
         compute: the device that computes, which keeps the rest.
         donors: filled in this order.
     """
-    moved = min(size, max(0, virtual_vram_gb) * GIB)
-    requests = [(compute, size - moved), *((donor, total_memory(donor)) for donor in donors)]
-    return _allocate(size, compute, requests)
+    remaining = math.floor(min(size, max(0, virtual_vram_gb) * GIB))
+    allocation = {compute: size - remaining}
+    for donor in donors:
+        granted = min(math.ceil(total_memory(donor)), remaining)
+        allocation[donor] = allocation.get(donor, 0) + granted
+        remaining -= granted
+    allocation[compute] += remaining
+    return allocation
 
 
-def parse_allocation_string(
-    text: str, size: int, compute: torch.device
-) -> tuple[Allocation, list[str]]:
-    """Reads an expert-mode string.
+def read_expert_string(text: str, size: int, compute: torch.device) -> tuple[int, bool]:
+    """Returns what an expert-mode string leaves on the device that computes.
 
-    Each part is a device and an amount: bytes, filled in the order of the string, and the rest to
+    Each part is a device and an amount: bytes, granted in the order of the string, and the rest to
     the device of `*` or the CPU (`cuda:0,2.5gb;cuda:1,8gb;cpu,*`); percentages of the model
-    (`cuda:0,25%;cpu,75%`); or fractions of each device's memory, the CPU last
-    (`cuda:0,0.1;cpu,0.5`).
+    (`cuda:0,25%;cpu,75%`); or fractions of each device's memory (`cuda:0,0.1;cpu,0.5`). The last of
+    several parts of a device counts.
 
     Args:
         text: the string.
@@ -61,56 +61,41 @@ def parse_allocation_string(
         compute: the device that computes.
 
     Returns:
-        (allocation, sentences about devices that this machine lacks).
+        (bytes, whether other devices than the CPU are given some too).
 
     Raises:
         UnreadableError: a part has no device or no amount, or its unit does not go with the others.
     """
     parts = []
-    notes = []
     for part in filter(str.strip, text.split(";")):
         name, _, value = (word.strip() for word in part.partition(","))
         match = AMOUNT.fullmatch(value)
         if not match:
             raise UnreadableError(part, "a device and an amount, as in cuda:0,2.5gb;cpu,*")
-        device, note = find_device(name, "the cpu")
-        notes += [note] if note else []
-        number = min(float(match[1] or 0), MAX_AMOUNT)
         unit = value if value == "*" else match[2][:1].lower()
-        parts.append((part, device or CPU, number, unit))
+        parts.append((part, find_device(name)[0] or name, unit,
+                      min(float(match[1] or 0), MAX_AMOUNT)))
     if not parts:
         raise UnreadableError(text, "a device and an amount, as in cuda:0,2.5gb;cpu,*")
-    units = {unit for *_, unit in parts}
+    units = {unit for _, _, unit, _ in parts}
+    amounts: dict[torch.device | str, float] = {}
     if units & {"*", "g", "m", "k", "b"}:
-        percent = next((part for part, *_, unit in parts if unit == "%"), None)
+        percent = next((part for part, _, unit, _ in parts if unit == "%"), None)
         if percent is not None:
             raise UnreadableError(percent, "bytes, because other parts have bytes or *")
-        rest = next((device for _, device, _, unit in parts if unit == "*"), CPU)
-        requests = [
-            (device, number * UNIT_BYTES[unit]) for _, device, number, unit in parts if unit != "*"
-        ]
-        requests.append((rest, size))
-    elif "%" in units:
-        total = sum(number for _, _, number, _ in parts) or 1
-        requests = [(device, size * number / total) for _, device, number, _ in parts]
+        remaining, rest = float(size), None
+        for _, device, unit, number in parts:
+            if unit == "*":
+                rest = device
+            elif granted := min(number * UNIT_BYTES[unit], remaining):
+                amounts[device] = granted
+                remaining -= granted
+        if rest is not None:
+            amounts[rest] = amounts.get(rest, 0) + remaining
     else:
-        requests = [(device, number * total_memory(device)) for _, device, number, _ in parts]
-        requests.sort(key=lambda request: (request[0] == CPU, str(request[0])))
-    return _allocate(size, compute, requests), notes
-
-
-def _allocate(
-    size: int, compute: torch.device, requests: Sequence[tuple[torch.device, float]]
-) -> Allocation:
-    """Grants requests in order, in whole bytes, until all bytes are assigned.
-
-    Bytes that nobody requests go to the device that computes.
-    """
-    allocation = {compute: 0}
-    remaining = size
-    for device, amount in requests:
-        granted = min(math.ceil(amount), remaining)
-        allocation[device] = allocation.get(device, 0) + granted
-        remaining -= granted
-    allocation[compute] += remaining
-    return allocation
+        amounts = {device: number for _, device, _, number in parts}
+        total = sum(amounts.values()) or 1
+        whole = size / total if "%" in units else total_memory(compute)
+        amounts = {device: number * whole for device, number in amounts.items()}
+    others = any(amounts[device] for device in amounts.keys() - {compute, CPU})
+    return math.floor(min(amounts.get(compute, 0), size)), others

@@ -150,8 +150,9 @@ def _donor(required: bool = False) -> LegacyInput:
 
 _EXPERT = LegacyInput(
     io.String,
-    "Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), percentages of the"
-    " model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
+    "How much stays on the device that computes, instead of virtual VRAM: bytes"
+    " (cuda:0,2.5gb;cpu,*), percentages of the model (cuda:0,25%;cpu,75%) or a fraction of the"
+    " device's memory (cuda:0,0.1). The rest is in main memory.",
     {"default": "", "multiline": False})
 _HIDDEN: dict[str, Any] = {"advanced": True}
 

@@ -15,7 +15,7 @@ from ..file_inputs import Options, nullable_options
 from ..node_text import loader_output
 from ..number_checks import reject_nan
 from . import make_node
-from .distorch import UnreadableError, allocate_virtual_vram, parse_allocation_string
+from .distorch import UnreadableError, allocate_virtual_vram, read_expert_string
 from .loaders import Loader, ModelLoader, TextEncoderLoader
 from .nf4 import CheckpointLoader, load_parts
 from .vae_files import VaeLoader
@@ -158,7 +158,8 @@ def place_part(
         part: a MODEL, CLIP or VAE.
         virtual_vram_gb: GiB that go to the donors.
         donors: names of devices; None: all other GPUs, then the CPU.
-        expert_string: an allocation, used instead of virtual_vram_gb if it is not empty.
+        expert_string: what stays on the device that computes, used instead of virtual_vram_gb if
+            it is not empty.
         notes: sentences about what cannot be done are appended.
         prefix: of the names of the inputs, for these sentences.
     """
@@ -172,18 +173,21 @@ def place_part(
         return part
     compute = patcher.load_device
     size = patcher.model_size()
-    allocation = None
+    input_name, kept, stores = vram_name, None, []
     if expert_string:
         input_name = f"{prefix}expert_mode_allocations"
         try:
-            allocation, missing = parse_allocation_string(expert_string, size, compute)
-            notes += missing
+            kept, has_others = read_expert_string(expert_string, size, compute)
+            if has_others:
+                notes.append(
+                    f"{input_name} is used only for what stays on {compute}: what it gives to other"
+                    " GPUs is kept in main memory; to keep weights on another GPU, clear it and use"
+                    f" {vram_name} with a donor."
+                )
         except UnreadableError as error:
-            notes.append(
-                f"{prefix}expert_mode_allocations cannot be read at {error}. {vram_name} is used."
-            )
-    if allocation is None:
-        input_name = vram_name
+            notes.append(f"{input_name} cannot be read at {error}. {vram_name} is used.")
+            input_name = vram_name
+    if kept is None:
         if donors:
             matches = [find_device(name, "the cpu") for name in donors]
             notes += [note for _, note in matches]
@@ -200,9 +204,9 @@ def place_part(
             notes.append(
                 f"The donor {compute} is the device that computes, so everything stays there."
             )
-    kept = allocation.pop(compute)
-    stores = [(device, amount) for device, amount in allocation.items()
-              if device != CPU and amount > 0]
+        kept = allocation.pop(compute)
+        stores = [(device, amount) for device, amount in allocation.items()
+                  if device != CPU and amount > 0]
     total = total_memory(compute)
     if kept > total:
         notes.append(

@@ -58,15 +58,14 @@ def block_weights(folder: Path) -> Target:
 
 @target
 def expert_string(folder: Path) -> Target:
-    """where weights lie, as ComfyUI-MultiGPU's workflows write it"""
+    """how much stays on the GPU, as ComfyUI-MultiGPU's workflows write it"""
     import torch
 
-    from featherweight.nodes.legacy.distorch import UnreadableError, parse_allocation_string
+    from featherweight.nodes.legacy.distorch import UnreadableError, read_expert_string
 
     def read(data: bytes):
-        plan, notes = parse_allocation_string(as_text(data), SIZE, torch.device("cuda", 0))
-        assert_shared(plan)
-        assert all(isinstance(note, str) and len(note) < 1000 for note in notes)
+        kept, _ = read_expert_string(as_text(data), SIZE, torch.device("cuda", 0))
+        assert type(kept) is int and 0 <= kept <= SIZE
 
     return Target(folder, [
         b"cuda:0,2.5gb;cuda:1,8gb;cpu,*", b"cuda:0,25%;cpu,75%", b"cuda:0,0.1;cpu,0.5",
