@@ -11,7 +11,7 @@ import re
 
 from devtools.measure import model_sizes
 
-from pack_nodes import node_list
+from pack_nodes import current_nodes
 
 from devtools import ROOT
 from featherweight.loaders.models.compute_choice import BY_COMPUTE
@@ -148,7 +148,7 @@ def help_page(node_id: str) -> str:
 
 
 def main():
-    nodes = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in node_list()}
+    nodes = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in current_nodes()}
     PATH.write_text(text(nodes), encoding="utf-8")
     names = {node_id: node["display_name"] for node_id, node in sorted(nodes.items())}
     NODE_LIST.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")

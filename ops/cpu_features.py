@@ -2,7 +2,6 @@
 import functools
 import os
 import platform
-import re
 from pathlib import Path
 
 import torch
@@ -18,14 +17,6 @@ def is_x86() -> bool:
 def identifier() -> str:
     """Returns what Windows says of the CPU: its family, model and maker; "" on other systems."""
     return os.environ.get("PROCESSOR_IDENTIFIER", "")
-
-
-def model_name() -> str:
-    """Returns what Linux calls the CPU; "" on other systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
-    match = re.search(r"model name\s*: (.+)", text)
-    return match[1] if match else ""
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
-from pack_nodes import node_list
+from pack_nodes import current_nodes
 from PIL import Image
 from word_count import word_count
 
@@ -69,7 +69,7 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs")
 COMPATIBILITY = PAGES["compatibility"]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'Repository = "(.*)"', PROJECT)[1]
-SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())}
+SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in current_nodes())}
 CONTRIBUTING = [ROOT / "CONTRIBUTING.md", *(ROOT / ".github" / f"{name}.md"
                                             for name in ("adding", "publishing", "testing"))]
 RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", text, flags=re.S) for text in (

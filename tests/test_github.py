@@ -53,11 +53,3 @@ def test_a_report_asks_for_the_log_the_inspection_and_the_workflow():
     form = content(FOLDER / "ISSUE_TEMPLATE" / "problem.yml")
     labels = " ".join(field["attributes"]["label"] for field in form["body"]).lower()
     assert all(word in labels for word in ("log", "inspect model file", "workflow"))
-
-
-def test_the_form_for_a_speed_asks_for_the_json_of_the_node():
-    form = content(FOLDER / "ISSUE_TEMPLATE" / "speed.yml")
-    required = [field for field in form["body"] if field.get("validations")]
-    assert [field["attributes"]["label"] for field in required] == ["The json of Measure Speed"]
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert "issues/new?template=speed.yml" in page

@@ -2,11 +2,11 @@
 import re
 
 import pytest
-from pack_nodes import node_list
+from pack_nodes import current_nodes
 
 from devtools import ROOT, llms_text
 
-NODES = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in node_list()}
+NODES = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in current_nodes()}
 TEXT = llms_text.text(NODES)
 
 

@@ -61,7 +61,7 @@ def test_the_version_is_semantic_and_heads_the_changelog():
     version = PROJECT["project"]["version"]
     assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", version)
     assert (
-        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+        re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
         == version
         == host_versions.VERSION
     )

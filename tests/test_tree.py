@@ -32,7 +32,7 @@ MOST_LINES = {
     "loaders/container": 510, "loaders/encoders": 1960, "loaders/files": 2240,
     "loaders/inspect": 960, "loaders/lora": 2340, "loaders/models": 3290,
     "loaders/packing": 4800, "loaders/paths": 690, "loaders/quantizers": 4390,
-    "loaders/speed": 670, "nodes": 4900, "ops": 570, "ops/formats": 3250, "ops/kernels": 7930,
+    "nodes": 4900, "ops": 570, "ops/formats": 3250, "ops/kernels": 7930,
     "ops/layers": 2850, "ops/packing": 790, "ops/patcher": 1740, "ops/patches": 790,
     "ops/quantize": 1600, "ops/tensor": 1210, "tests": 72950
 }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import devtools.measure  # noqa: F401  the host
+from devtools.measure.in_turn import time_in_turn
 from devtools.measure.timing import device
 from devtools.measure.weights import FORMAT_NAMES
 
@@ -14,7 +15,6 @@ import torch
 from torch.utils.benchmark import timer
 
 from devtools import ROOT
-from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, dequantize_by_reference
 from featherweight.ops.kernels import Case

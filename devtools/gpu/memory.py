@@ -20,6 +20,7 @@ if DYNAMIC and not ON_FAKE_GPUS:
 
 # ruff: noqa: E402
 import devtools.measure  # noqa: F401  the host
+from devtools.measure.in_turn import peak, time_in_turn
 from devtools.measure.random_models import (
     flux_file,
     lora_file,
@@ -39,7 +40,6 @@ from torch.utils.benchmark import timer
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.placement import place, placed_text
-from featherweight.loaders.speed.timing import peak, time_in_turn
 from featherweight.ops.patcher.residency_order import LayerProfile
 
 BLOCKS, TOKENS = (4, 8), 1024

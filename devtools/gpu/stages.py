@@ -72,8 +72,6 @@ PARTS = {1: {
                           " another model: the same bits?", 75, "gpu.memory:walk"),
     "static": Stage("The same without dynamic VRAM.", 75, "gpu.memory:walk",
                     "--disable-dynamic-vram"),
-    "ways": Stage("A model in Q4_K and in ComfyUI's formats: dense, exact and fast, without LoRAs"
-                  " and with two.", 90, f"{MODELS}:bench_ways"),
     "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
                   " LoRAs and with them.", 90, f"{MODELS}:bench_comfy_lora", rounds=5),
 }}

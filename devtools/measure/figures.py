@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from devtools.measure.chart import Value, bar_chart
+
 from PIL import Image
 
 from devtools import markdown_table
 from featherweight.loaders.lora.block_chart import BACKGROUND, BAD, FAINT, GOOD
-from featherweight.loaders.speed.chart import Value, bar_chart
 
 COLUMNS, GAP = 2, 16  # of charts in a picture, and pixels between them
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from devtools.measure import packing_quality
+from devtools.measure.chart import Value, bar_chart
 from devtools.measure.painter import Painter, psnr, with_lora
 from devtools.measure.weights import snr
 
@@ -23,7 +24,6 @@ from devtools import ROOT, markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.speed.chart import Value, bar_chart
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}

@@ -1,18 +1,21 @@
 """Timing in turns, the sizes of the cases, and the device they run on."""
 import contextlib
+import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from devtools.measure.in_turn import time_in_turn
 
 import comfy.model_management
 import torch
 from torch.utils.benchmark import timer
 
-from featherweight.loaders.speed.report import device_facts
-from featherweight.loaders.speed.timing import time_in_turn
-from featherweight.ops import cpu_features as cpu_features
-from featherweight.ops import kernels
+from featherweight.loaders.devices import total_memory
+from featherweight.ops import cpu_features, kernels
 from featherweight.ops.formats.base import FORMATS as PACKED
 from featherweight.ops.kernels import used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
@@ -186,3 +189,23 @@ def fast_dtype() -> torch.dtype:
 
 def float_dtypes() -> list[torch.dtype]:
     return list(dict.fromkeys([fast_dtype(), torch.float32]))
+
+
+def cpu_name() -> str:
+    """Returns what Linux calls the CPU; "" on other systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    match = re.search(r"model name\s*: (.+)", text)
+    return match[1] if match else ""
+
+
+def device_facts(device: torch.device) -> dict:
+    """Returns the name and the sizes of a device."""
+    name, capability = cpu_name() or platform.machine(), None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return {"type": device.type, "name": name, "capability": capability,
+            "memory GB": round(total_memory(device) / 1e9, 1),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "CUDA": torch.version.cuda, "HIP": torch.version.hip}

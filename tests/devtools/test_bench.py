@@ -17,7 +17,7 @@ from featherweight.ops.layers import int8
 HEAVY = ["train", "compilers"]
 CASES = [
     "device", "shapes", "int8_error", "dequantize", "lora", "model", "step", "lora_error", "repack",
-    "cpu", "lcm", "attention", "comfy", "comfy_load", "comfy_lora", "ways", "svdquant_error",
+    "cpu", "lcm", "attention", "comfy", "comfy_load", "comfy_lora", "svdquant_error",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from languages import DOCS, HELP_LANGUAGES, help_page
-from pack_nodes import node_list
+from pack_nodes import current_nodes
 from word_count import word_count
 
 from devtools import ROOT
@@ -16,7 +16,7 @@ from featherweight.nodes import help_pages
 
 REPOSITORY = re.search(r'Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(
     encoding="utf-8"))[1]
-NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
+NODES = {node.GET_SCHEMA().node_id: node for node in current_nodes()}
 # Those of other packs share one.
 PAGES = {
     f"{node_id}-{language}": (node_id, help_page(getattr(node, "HELP_PAGE", node_id), language))

@@ -4,12 +4,12 @@ import json
 import re
 
 import pytest
-from pack_nodes import node_list
+from pack_nodes import current_nodes
 
 from devtools import ROOT
 
 # Ids of other packs are left out: the text would be shown on their nodes too.
-SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())
+SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in current_nodes())
            if schema.node_id.startswith("Featherweight")}
 LOCALES = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
            for path in (ROOT / "locales").glob("*/nodeDefs.json")}

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import comfy_execution.utils
 import folder_paths
 import pytest
-import torch
 from comfy_api.internal import make_locked_method_func
 from comfy_api.latest import io, ui
 from execution import get_output_from_returns
@@ -40,7 +39,6 @@ from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
 
 pytestmark = pytest.mark.usefixtures("small_models")
-SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
 NODES = Path(node_text.__file__).parent
 HOST_LORA_LOADER = host_nodes.LoraLoaderModelOnly
 
@@ -101,7 +99,7 @@ TEXTS = {
     "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
     "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(
         [model], [1], [1], [1.0], [0], ["fast"], ["measured"]),
-    "measure_speed": lambda model, folder: MeasureSpeed.execute(model, latent=SMALL),
+    "measure_speed": lambda model, folder: MeasureSpeed.execute(model),
     "nunchaku": apply_loras_of_nunchaku,
     "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),
     "run_on_ray": run_on_ray,

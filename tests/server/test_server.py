@@ -1,12 +1,13 @@
 """What only the real server can show: the pack imports, nodes and help pages are there, the demo
 makes a picture."""
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pack_nodes import ids_in_source
+from pack_nodes import current_nodes, ids_in_source
 
 from devtools import demo
 from devtools.files import demo_files
@@ -27,7 +28,7 @@ def test_every_node_is_registered(server):
     assert registered == set(ids_in_source())
 
 
-@pytest.mark.parametrize("node_id", ids_in_source())
+@pytest.mark.parametrize("node_id", [node.GET_SCHEMA().node_id for node in current_nodes()])
 def test_every_node_has_a_help_page(server, node_id):
     """In English also under its language, which the editor asks for first."""
     page = server.get(f"/extensions/{PACK}/docs/{node_id}.md")
@@ -92,3 +93,23 @@ def test_free_memory_lets_go_of_the_mapped_files(server):
     assert is_mapped()
     server.forget()
     assert not is_mapped()
+
+
+def test_a_prompt_with_measure_speed_runs_and_says_what_to_use_instead(server):
+    """Saved with an earlier version, where it may be the only output node."""
+    prompt = {
+        "1": {"class_type": demo.LOADER, "inputs": {"model_name": demo.MODEL_NAME}},
+        "2": {"class_type": "EmptyLatentImage",
+              "inputs": {"width": 512, "height": 512, "batch_size": 1}},
+        "3": {"class_type": "FeatherweightMeasureSpeed",
+              "inputs": {"model": ["1", 0], "latent": ["2", 0]}},
+    }
+    shown, = server.queue(prompt).texts["3"]
+    assert "measures nothing any more" in shown and "ComfyUI's log" in shown
+    run = server.queue(prompt | {
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
+        "image": {"class_type": "PreviewImage", "inputs": {"images": ["3", 1]}},
+        "json": {"class_type": "PreviewAny", "inputs": {"source": ["3", 2]}}})
+    assert run.outputs["report"]["text"] == [shown]
+    assert json.loads(run.outputs["json"]["text"][0]) == shown
+    assert server.pixels(run, "image").shape == (64, 64, 3)

@@ -14,7 +14,7 @@ INTERVAL = 0.002  # seconds between two looks at the memory
 
 def peak_anonymous():
     """As `peak`, of RssAnon: the kernel keeps a peak only for the sum with file pages."""
-    from featherweight.loaders.speed.timing import peak
+    from devtools.measure.in_turn import peak
 
     return peak(lambda: status("RssAnon"), INTERVAL)
 

@@ -33,6 +33,13 @@ def node_list():
         return asyncio.run(_load_extension())
 
 
+def current_nodes():
+    """Without those of ours that are there for workflows of earlier versions alone."""
+    schemas = ((node, node.GET_SCHEMA()) for node in node_list())
+    return [node for node, schema in schemas
+            if not (schema.is_deprecated and schema.node_id.startswith("Featherweight"))]
+
+
 def ids_in_source() -> list[str]:
     """What ComfyUI Manager finds: of each class that derives directly from `io.ComfyNode` the
     literal `node_id`, or its name where it has none; and the literal keys of `NODE_CONFIG`, in a

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from devtools.measure.bench.models import write_dense_flux
+from devtools.measure.in_turn import time_in_turn
 from devtools.measure.random_models import randn, shapes_for
 from devtools.measure.timing import device, median_and_range, side_by_side
 from devtools.measure.weights import LAYOUTS
@@ -22,7 +23,6 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops import kernels
 from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import BLOCK, SecondMoments

@@ -12,6 +12,7 @@ from devtools.measure.random_models import LORA_CASES, flux_file, packs, randn, 
 from devtools.measure.timing import (
     copies,
     device,
+    device_facts,
     fast_dtype,
     float_dtypes,
     queued,
@@ -25,7 +26,6 @@ import psutil
 import torch
 
 from devtools.files.tiny_models import flux_shapes
-from featherweight.loaders.speed.report import device_facts
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, private_files

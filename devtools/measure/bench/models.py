@@ -1,5 +1,5 @@
 """Cases on Flux models of real layer sizes and few blocks: a step, its LoRAs, in each of ComfyUI's
-formats and each way to compute, and training."""
+formats, and training."""
 import collections
 import math
 import sys
@@ -16,9 +16,8 @@ from devtools.measure.random_models import (
     step_of,
     steps_with_loras,
     title_for,
-    with_loras,
 )
-from devtools.measure.timing import fast_dtype, median_and_range, side_by_side
+from devtools.measure.timing import fast_dtype, side_by_side
 
 import comfy.model_management
 import comfy.sd
@@ -28,16 +27,10 @@ from safetensors.torch import save_file
 
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.comfyui.quantized_weights import in_parts
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.quantizers.comfyui import layer_parts
-from featherweight.loaders.speed.measurement import measure_speed
 from featherweight.ops.layers import product
 from featherweight.ops.packing.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed
-
-WAYS_TYPES = ("Q4_K", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4")
-ROW_SECONDS = 1.0  # of steps of each way
-PATCHES_ACROSS = 16  # of the latents' width, in patches of 2 values
 
 
 def bench_model(options):
@@ -95,24 +88,6 @@ def bench_comfy_lora(options):
             rows[name][title] = times
         for name, row in rows.items():
             yield f"{name}, {who}, {title_for(options, dtype)}", row
-
-
-def bench_ways(options):
-    """A step of a Flux in Q4_K and in ComfyUI's formats as Measure Speed measures it: dense, exact
-    and fast, without LoRAs and with two of rank 16 on all layers."""
-    sizes, shapes = options.sizes, shapes_for(options)
-    height = max(1, sizes.model_tokens // PATCHES_ACROSS)
-    latent = {"samples": torch.zeros(1, 16, 2 * height, 2 * PATCHES_ACROSS)}
-    for name in WAYS_TYPES:
-        with flux_file(shapes, name) as path:
-            model = with_loras(load_diffusion_model(path, compute="automatic"), shapes, 2, 16)
-            rows = measure_speed(model, latent=latent, row_seconds=ROW_SECONDS).rows
-        yield f"{name}, {sizes.model_tokens} tokens", {
-            f"{row.way}{', 2 LoRAs' if row.has_loras else ''}":
-            {**median_and_range(row.seconds), "by": row.kernels}
-            for row in sorted(rows, key=lambda row: row.way != "dense") if row.seconds}
-        del model
-        comfy.model_management.unload_all_models()
 
 
 def write_dense_flux(path: Path, shapes: dict[str, tuple]):

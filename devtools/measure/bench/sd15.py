@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
+from devtools.measure.in_turn import time_in_turn
 from devtools.measure.timing import as_in_use, has_bfloat16, median_and_range, side_by_side
 from devtools.measure.weights import random_weight, takes_shape
 
@@ -33,7 +34,6 @@ from devtools.files.tiny_models import clip_l_shapes
 from featherweight.loaders.comfyui.compute_dtype import choose_compute, vae_dtype
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import wrap_vae
-from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers.comfyui_operations import packed_operations

@@ -8,7 +8,6 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.source import check_saveable
-from featherweight.loaders.speed.measurement import measure_speed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -31,12 +30,6 @@ def foreign():
 def test_they_are_neither_saved_nor_measured_and_the_message_says_why(foreign, use):
     with pytest.raises(WeightFileError, match="class GGMLTensor, which another pack's loader made"):
         use(foreign)
-
-
-def test_the_dense_model_of_the_same_values_is_not_timed(foreign):
-    latent = {"samples": torch.zeros(1, 16, 8, 8)}
-    reasons = {row.way: row.reason for row in measure_speed(foreign, latent=latent).rows}
-    assert reasons["exact"] == "" and "loaded by another loader" in reasons["dense"]
 
 
 def test_models_of_this_pack_and_dense_ones_have_none():

@@ -1,31 +1,26 @@
 """Takes the times of ways to do the same thing in turn, and the memory that they take."""
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 
 def time_in_turn(variants: Mapping[str, Callable[[], object]], rounds: int,
-                 clock: Callable[[], float] = time.perf_counter,
-                 end: float = math.inf) -> dict[str, list[float]]:
+                 clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Runs variants one after another, round after round, so that a noisy machine disturbs all of
     them alike.
 
     Args:
         variants: name -> what is timed. Its attribute `prepare`, if it has one, is called before
             each run and not timed.
-        rounds: the most rounds.
+        rounds: how many.
         clock: gives seconds; it waits for what a GPU was given, if `run` does not.
-        end: time of `time.perf_counter` from which no round but the first begins.
 
     Returns:
         The seconds of each run of each variant.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds):
-        if number and time.perf_counter() > end:
-            break
+    for _ in range(rounds):
         for name, run in variants.items():
             getattr(run, "prepare", lambda: None)()
             started = clock()

@@ -1,11 +1,10 @@
 """Runs are timed in turn, and charts show what was measured."""
 import itertools
 
-import pytest
+from devtools.measure.chart import Value, bar_chart
+from devtools.measure.in_turn import peak, time_in_turn
 
 from featherweight.loaders.lora.block_chart import BAD, ROW
-from featherweight.loaders.speed.chart import Value, bar_chart
-from featherweight.loaders.speed.timing import peak, time_in_turn
 
 
 def test_variants_run_in_turn_and_what_prepares_one_is_not_timed():
@@ -15,11 +14,6 @@ def test_variants_run_in_turn_and_what_prepares_one_is_not_timed():
     times = time_in_turn(variants, 2, clock=lambda: next(now))
     assert calls == ["first", "prepare", "second"] * 2
     assert times == {"first": [1, 1], "second": [1, 1]}
-
-
-@pytest.mark.parametrize(("end", "rounds"), [(0.0, 1), (float("inf"), 3)])
-def test_after_the_end_no_round_but_the_first_begins(end, rounds):
-    assert len(time_in_turn({"run": lambda: None}, 3, end=end)["run"]) == rounds
 
 
 def test_the_peak_is_the_largest_number_seen():

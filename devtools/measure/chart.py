@@ -3,7 +3,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..lora.block_chart import (
+from featherweight.loaders.lora.block_chart import (
     BODY,
     FAINT,
     GOOD,
