@@ -37,6 +37,7 @@ def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_template
             for language in HELP_LANGUAGES:
                 page = help_page(node, language).relative_to(DOCS).as_posix()
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
+        assert packed.get(f"/extensions/{FOLDER}/docs/UnetLoaderGGUF.md").startswith(b"# ")
         scripts = ("saved_values", "node_texts", "templates")
         assert {f"/extensions/{FOLDER}/{name}.js" for name in scripts} <= {
             *packed.get_json("/extensions")

@@ -2,6 +2,7 @@
 makes a picture."""
 import json
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,12 @@ def test_every_node_has_a_help_page(server, node_id):
     """In English also under its language, which the editor asks for first."""
     page = server.get(f"/extensions/{PACK}/docs/{node_id}.md")
     assert page.strip() and page == server.get(f"/extensions/{PACK}/docs/{node_id}/en.md")
+
+
+def test_the_editor_gets_no_page_in_its_language_where_it_shall_take_the_english_one(server):
+    assert server.get(f"/extensions/{PACK}/docs/{demo.LOADER}/ja.md").strip()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        server.get(f"/extensions/{PACK}/docs/UnetLoaderGGUF/ja.md")
 
 
 def test_demo_workflow_makes_a_picture(server):
