@@ -20,7 +20,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  in seconds
   test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, a folder on
                                  each core; those that have passed as they are now are left out
-  lint                           check style (ruff) and types (pyright)
+  lint                           check style (ruff) and types (pyright), and print the change of
+                                 lines since the last tag
   bench [arguments]              measure speed and memory side by side
   quality [--packing [--host-types]]
                                  measure what each packing does to the demo's pictures;

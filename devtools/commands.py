@@ -10,6 +10,7 @@ from pathlib import Path
 
 from devtools import ROOT
 from devtools.gpu import offline_bundle
+from devtools.growth import growth_text
 from devtools.host.environment import (
     LINTING,
     SERVING,
@@ -37,8 +38,10 @@ def setup(arguments: list[str]) -> int:
 
 
 def lint(arguments: list[str]) -> int:
-    """Check style and types."""
-    return _lint(prepare(LINTING))
+    """Check style and types, and say what has grown."""
+    code = _lint(prepare(LINTING))
+    print(growth_text(ROOT))
+    return code
 
 
 def _lint(environment: Environment) -> int:

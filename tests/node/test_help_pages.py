@@ -9,7 +9,6 @@ import re
 import pytest
 from languages import DOCS, HELP_LANGUAGES, help_page
 from pack_nodes import current_nodes
-from word_count import word_count
 
 from devtools import ROOT
 from featherweight.nodes import help_pages
@@ -89,15 +88,7 @@ def test_every_page_belongs_to_a_node():
     assert set(DOCS.rglob("*.md")) == {path for _, path in PAGES.values()}
 
 
-MOST_WORDS = 450
-ENCODER = re.compile(r"^- \*\*[^*]+\*\* \(\w+\): .*\n", re.M)  # a line of the list of encoders
 LONG_SENTENCE = 8  # words: shorter ones may be on several pages
-
-
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
-def test_an_english_page_is_short(path):
-    text = ENCODER.sub("", path.read_text(encoding="utf-8"))
-    assert word_count(text) <= MOST_WORDS
 
 
 def sentences(text: str) -> list[str]:
