@@ -39,9 +39,9 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  rest of it, in nine more; --pack FOLDER: prepare it for a machine
                                  without a package index; --kitchen FOLDER: ComfyUI's own CUDA
                                  kernels for it
-  fuzz [--minutes N] [--executions N] [--target NAME] [--replay FILE]
-                                 read bad files and hostile workflows until something breaks;
-                                 --replay: read an input that broke something again
+  fuzz [--seed N] [--inputs N] [pytest ...]
+                                 read bad files and hostile workflows, 500 for each target, by a
+                                 seed that is drawn and printed
   soak [--minutes N] [--prompts N]
                                  run the real server for hours with two clients; leaves JSON and a
                                  plot

@@ -4,6 +4,7 @@ Standard library only: dev.py imports it before anything is installed.
 """
 import argparse
 import os
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -133,10 +134,26 @@ def gpu(arguments: list[str]) -> int:
         return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 
+def fuzz(arguments: list[str]) -> int:
+    """Run the tests of tests/fuzz with more inputs, drawn by another seed; the rest goes to pytest.
+
+    An input that breaks a rule goes into .dev/fuzz.
+    """
+    parser = argparse.ArgumentParser(prog="python3 dev.py fuzz", description=fuzz.__doc__)
+    parser.add_argument("--inputs", type=int, default=500, help="of each target; %(default)s")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    own, others = parser.parse_known_args(arguments)
+    print(f"To draw the same inputs again: dev.py fuzz --seed {own.seed} --inputs {own.inputs}",
+          flush=True)
+    return prepare(TESTING).run(
+        "-m", "pytest", "tests/fuzz/test_targets.py", "--hypothesis-seed", str(own.seed),
+        "--fuzz", str(own.inputs), *others, **COMPILED_ONCE)
+
+
 COMMANDS = {
     "setup": setup, "test": test, "lint": lint, "serve": serve, "gpu": gpu,
     "demo": _module("demo", SERVING), "bench": _module("measure.bench"),
     "quality": _module("measure.quality"), "sizes": _module("measure.model_sizes"),
     "inspect": _module("inspect_file"), "matrix": _module("host.matrix"),
-    "fuzz": _module("fuzz"), "soak": _module("soak")
+    "fuzz": fuzz, "soak": _module("soak")
 }

@@ -50,6 +50,8 @@ def pytest_addoption(parser, pluginmanager):
     pluginmanager.register(drawn_cases)
     parser.addoption("--linear-calls", choices=linear_calls.SHAPES, default="stock",
                      help="give ComfyUI's linear layers the calls of a later version")
+    parser.addoption("--fuzz", type=int, default=30, metavar="INPUTS",
+                     help="that are drawn for each target of tests/fuzz")
     parser.addoption(
         "--fake-gpus", metavar="2x4-late-dynamic",
         help="the servers of tests/server run on fake GPUs and draw what the CPU draws")

@@ -22,8 +22,6 @@ from devtools import ROOT
 from devtools.commands import COMMANDS
 from devtools.demo import STEPS
 from devtools.first_picture import FIRST_PICTURE
-from devtools.fuzz.targets import TARGETS
-from devtools.fuzz.targets.models import QUANTIZERS
 from devtools.host import environment, matrix
 from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
@@ -448,18 +446,6 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
                     load_side_models.CLIP_VISION_FOLDERS, load_text_encoder.FOLDERS):
         assert {key.removesuffix("_gguf") for key in folders} - {"unet", "clip"} <= set(keys)
     assert named <= known and {*keys, "unet", "clip"} <= named
-
-
-def test_the_page_of_the_fuzzer_names_its_targets_and_what_they_read():
-    page = (ROOT / "tests" / "fuzz" / "README.md").read_text(encoding="utf-8")
-    section = page.split("## The last run")[1]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+) \|", section, re.M)
-    assert {(name, reads) for name, reads, _ in rows} <= {
-        (name, target.reads) for name, target in TARGETS.items()}
-    newer = TARGETS.keys() - {name for name, *_ in rows}
-    assert newer <= {path.stem for path in QUANTIZERS.glob("*.py")}
-    total = f"{sum(int(count) for *_, count in rows):,}"
-    assert total in section and f"read {total} inputs" in PAGES["trust"]
 
 
 def test_trust_names_every_kind_of_file_that_nodes_write():

@@ -60,13 +60,7 @@ class Finding:
 
 
 class Guard:
-    """One for each process: an audit hook cannot be taken out again.
-
-    Attributes:
-        outcome: what the last input came to: (), or where the error was raised, by file and line.
-    """
-
-    outcome: tuple = ()
+    """One for each process: an audit hook cannot be taken out again."""
 
     def __init__(self):
         self.folder, self.armed, self.seen = "", False, []
@@ -102,7 +96,6 @@ class Guard:
 
     def _read(self, target: Target, given, length: int) -> Finding | None:
         error, self.seen, self.folder = None, [], os.path.realpath(target.folder)
-        self.outcome = ()
         tracemalloc.start(1)
         started = time.process_time()
         self.armed = True
@@ -110,7 +103,6 @@ class Guard:
             target.read(given)
         except Exception as raised:
             self.armed = False
-            self.outcome = tuple((frame.filename, frame.lineno) for frame in _our_frames(raised))
             error = _wrong_error(target, raised)
         finally:
             self.armed = False

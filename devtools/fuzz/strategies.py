@@ -38,6 +38,8 @@ ITEM_BYTES = {
     "F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
     "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
     "F4": 1, "F6_E2M3": 1}
+INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+            "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}  # in numpy's words
 VALUES = st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\1", b"\0\0\x80\x7f", b"\0\0\xc0\x7f",
                           b"\0\x7c", b"\0\x80", b"\1\0\0\0"]) | st.binary(min_size=1, max_size=8)
 LARGEST_TENSOR = 1 << 15  # bytes
@@ -200,10 +202,14 @@ def _divided(shape: list, axis: int, divisor: int) -> list:
 def _changed_tensor(draw, name: str, dtype: str, shape: list, values: bytes,
                     others: list) -> dict:
     """Name -> (dtype, shape, bytes) of what becomes of one tensor."""
-    kind = draw(st.sampled_from(
-        ["values", "dtype", "shape", "size", "drop", "twin", "rename", "bytes"]))
+    kind = draw(st.sampled_from(["values", "dtype", "integers", "integers", "shape", "size", "drop",
+                                 "twin", "rename", "bytes"]))
     if kind == "drop":
         return {}
+    if kind == "integers" and dtype in INTEGERS:  # the same ones, as another writer stores them
+        other = draw(st.sampled_from(["U16", "U32", "U64", *INTEGERS]))  # first: torch has few ops
+        return {name: (other, shape, np.frombuffer(values, INTEGERS[dtype]).astype(
+            INTEGERS[other]).tobytes())}
     if kind == "dtype":
         dtype = draw(st.sampled_from(list(ITEM_BYTES)))
     elif kind == "shape":

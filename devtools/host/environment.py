@@ -64,7 +64,8 @@ OPTIONAL = [
 # What a Python that already has ComfyUI's packages needs besides, module -> package: for a server
 # with the demo, for what uses the tests' files, and for the linters.
 SERVING = {"gguf": "gguf", "websocket": "websocket-client"}
-TESTING = SERVING | {"pytest": "pytest", "pytest_rerunfailures": "pytest-rerunfailures",
+TESTING = SERVING | {"pytest": "pytest", "hypothesis": "hypothesis",
+                     "pytest_rerunfailures": "pytest-rerunfailures",
                      "xdist": "pytest-xdist"}
 LINTING = {"ruff": "ruff", "pyright": "'pyright[nodejs]'"}
 END_SECONDS = 30  # for a program to end after Ctrl-C, which the terminal sent to it too

@@ -1,103 +1,82 @@
-"""What breaks a rule is found, made smaller, kept in a file, and found there again."""
-import json
-import os
-import subprocess
-import sys
+"""What breaks a rule is found by the inputs that are drawn, is made smaller, and is kept in a file
+in which it is found again."""
+from types import SimpleNamespace
 
 import pytest
 
-from devtools import ROOT
+from devtools import commands
+from devtools.fuzz.reader import Reader, fuzz
 
-PLANT = '''
-import os, socket, sys, time
-from devtools.fuzz import __main__ as command, guard, targets, worker
-
-guard.SECONDS = 0.5
-
-def planted(fault, message="planted.txt does not begin as it should."):
-    def read(path):
-        data = path.read_bytes()
-        if b"9" in data:
-            exec(fault, globals())
-        if not data.startswith(b"begin"):
-            raise OSError(message)
-    return targets.Maker("a planted fault", lambda folder: targets.Target(
-        folder, [b"begin: 1, end: 2"], read, (OSError,), "planted.txt"))
-
-targets.TARGETS.clear()
-targets.TARGETS |= {
-    "error": planted("raise KeyError"),
-    "name": planted("", "It does not begin as it should."),
-    "sentence": planted("", "no"),
-    "memory": planted("list(range(10**5))"),
-    "time": planted("""
-begun = time.process_time()
-while time.process_time() < begun + 0.6:
-    pass"""),
-    "wrote": planted("open(os.path.expanduser('~/x'), 'w')"),
-    "opened": planted("open('/etc/passwd')"),
-    "network": planted("socket.create_connection(('127.0.0.1', 9))"),
-    "process": planted("os.system('true')"),
-    "exit": planted("os._exit(3)"),
-    "nothing": planted(""),
-}
-if __name__ == "__main__":
-    if sys.argv[1] == "command":
-        command.WORKER = [sys.executable, __file__]
-        sys.exit(command.main(sys.argv[2:]))
-    worker.main(sys.argv[1:])
-'''
+INPUTS = 500
 SEEN = {
-    "error": "foreign, KeyError", "name": "does not name the file",
-    "sentence": "is no sentence", "memory": "bytes of Python's objects", "time": "slow, ",
-    "wrote": "wrote, ", "opened": "opened, ", "network": "network, ", "process": "process, "}
+    "error": "foreign, KeyError", "name": "does not name the file", "sentence": "is no sentence",
+    "memory": "bytes of Python's objects", "allocation": "foreign, MemoryError|^memory",
+    "time": "slow, ", "hang": "hangs, it was ended after 3", "wrote": "wrote, ",
+    "abort": "the process ended with ", "opened": "opened, ", "network": "network, ",
+    "process": "process, ", "uint16": "NotImplementedError: 'U16'",
+    "uint32": "NotImplementedError: 'U32'", "uint64": "NotImplementedError: 'U64'"}
 
 
-def run(folder, *arguments, **options):
-    program = folder / "plant.py"
-    program.write_text(PLANT, encoding="utf-8")
-    return subprocess.run([sys.executable, program, *arguments], cwd=ROOT, capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder)},
-                          text=True, **options)
+class Recorder(Reader):
+    """Notes what is drawn."""
 
+    def open(self, name: str):
+        self.drawn = []
+        return super().open(name)
 
-def command(folder, *arguments):
-    done = run(folder, "command", "--minutes", "0.2", "--findings", folder / "found", "--out",
-               folder / "out", *arguments)
-    assert "Done: " in done.stdout or "Failed: " in done.stdout, f"{done.stdout}\n{done.stderr}"
-    return done
+    def read(self, data: bytes):
+        self.drawn.append(data)
+        super().read(data)
 
 
 @pytest.fixture(scope="module")
-def replayed(tmp_path_factory):
-    done = run(tmp_path_factory.mktemp("replayed"), "--replay", "200",
-               input=json.dumps({name: [] for name in (*SEEN, "nothing")}))
-    assert done.returncode == 0, done.stderr
-    found = map(json.loads, done.stdout.splitlines())
-    return {line["target"]: line["finding"] for line in found if "finding" in line}
+def reader(tmp_path_factory):
+    with Recorder(tmp_path_factory.mktemp("planted"), "planted_targets", hangs=3) as reader:
+        yield reader
 
 
 @pytest.mark.parametrize("fault", SEEN)
-def test_each_broken_rule_is_seen(replayed, fault):
-    assert SEEN[fault] in replayed[fault]
+def test_what_breaks_a_rule_is_found_and_its_file_breaks_it_again(reader, fault, tmp_path):
+    with pytest.raises(AssertionError, match=SEEN[fault]) as error:
+        fuzz(reader, fault, INPUTS, 1, found=tmp_path)
+    kept, = (tmp_path / fault).iterdir()
+    assert str(kept) in str(error.value)
+    with pytest.raises(AssertionError, match=SEEN[fault]):
+        fuzz(reader, fault, 1, 1, [kept], tmp_path / "again")
+    assert reader.drawn[0] == kept.read_bytes()
 
 
-def test_an_input_that_breaks_nothing_is_no_finding(replayed):
-    assert "nothing" not in replayed
+def test_a_finding_is_made_smaller(reader, tmp_path):
+    with pytest.raises(AssertionError):
+        fuzz(reader, "error", INPUTS, 1, found=tmp_path)
+    kept, = (tmp_path / "error").iterdir()
+    first = next(data for data in reader.drawn if b"9" in data)
+    assert b"9" in kept.read_bytes() != first and len(kept.read_bytes()) < 50  # of one change
 
 
-@pytest.mark.heavy
-def test_what_broke_something_is_kept_small_and_breaks_it_again(tmp_path):
-    done = command(tmp_path, "--executions", "1200", "--target", "error", "--target", "exit",
-                   "--target", "nothing")
-    assert done.returncode == 1 and "2 findings" in done.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["targets"]
-    assert ["KeyError" in results[0]["finding"], "ended with 3" in results[1]["finding"],
-            results[2]["finding"]] == [True, True, ""]
-    assert results[2]["executions"] >= 400
-    small, ended = ([*(tmp_path / "found" / name).iterdir()] for name in ("error", "exit"))
-    assert b"9" in small[0].read_bytes() and len(small[0].read_bytes()) < 50  # of one change
-    assert b"9" in ended[0].read_bytes()
-    assert small[0].name in done.stdout.partition("dev.py fuzz --replay ")[2]
-    again = run(tmp_path, "command", "--replay", small[0])
-    assert again.returncode == 1 and "KeyError" in again.stdout
+def test_an_input_that_breaks_nothing_is_no_finding(reader, tmp_path):
+    fuzz(reader, "nothing", 100, 1, found=tmp_path)
+    assert len(reader.drawn) > 50 and not [*tmp_path.iterdir()]
+
+
+def test_a_seed_draws_the_same_inputs_again_and_another_one_others(reader, tmp_path):
+    drawn = []
+    for seed in (1, 1, 2):
+        fuzz(reader, "nothing", 30, seed, found=tmp_path)
+        drawn.append(reader.drawn)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_command_draws_a_seed_prints_it_and_takes_it_again(monkeypatch, capsys):
+    runs = []
+    environment = SimpleNamespace(run=lambda *arguments, **variables: runs.append(arguments) or 0)
+    monkeypatch.setattr(commands, "prepare", lambda needed: environment)
+
+    def run(*arguments):
+        assert commands.fuzz([*arguments]) == 0
+        return capsys.readouterr().out.partition("dev.py fuzz ")[2].split()
+
+    again = run("-k", "gguf")
+    assert run(*again, "-k", "gguf") == again != run("-k", "gguf")
+    assert runs[0] == runs[1] != runs[2]
+    assert again[1] in runs[0] and again[3] in runs[0] and runs[0][-2:] == ("-k", "gguf")

@@ -92,6 +92,15 @@ def ray_request(folder: Path) -> Target:
     ], read, (graphs.GraphError, MachineError, messages.MessageError))
 
 
+@st.composite
+def changed_message(draw, data: bytes) -> bytes:
+    length = int.from_bytes(data[:4], "big")
+    if 12 + length > len(data) or draw(st.booleans()):
+        return draw(changed_bytes(data))
+    header = draw(changed_json(data[12:12 + length]))
+    return len(header).to_bytes(4, "big") + data[4:12] + header + data[12 + length:]
+
+
 @target
 def ray_messages(folder: Path) -> Target:
     """the stream between ComfyUI and the driver of Run on Ray"""
@@ -101,14 +110,6 @@ def ray_messages(folder: Path) -> Target:
     messages.write(stream, {"number": None, "event": "joined"}, b"")
     messages.write(stream, {"number": 1, "event": "preview"}, b"\xff\xd8")
 
-    @st.composite
-    def changes(draw, data: bytes) -> bytes:
-        length = int.from_bytes(data[:4], "big")
-        if 12 + length > len(data) or draw(st.booleans()):
-            return draw(changed_bytes(data))
-        header = draw(changed_json(data[12:12 + length]))
-        return len(header).to_bytes(4, "big") + data[4:12] + header + data[12 + length:]
-
     def read(data: bytes):
         stream = io.BytesIO(data)
         while (message := messages.read(stream)) is not None:
@@ -116,7 +117,7 @@ def ray_messages(folder: Path) -> Target:
             assert isinstance(header, dict) and len(content) <= len(data)
 
     return Target(folder, [stream.getvalue(), stream.getvalue()[:40]], read,
-                  (messages.MessageError,), changes=changes)
+                  (messages.MessageError,), changes=changed_message)
 
 
 @target
