@@ -40,13 +40,12 @@ class Sizes:
     model_tokens: int = 1280
     model_blocks: tuple[int, int] = (1, 2)
     unet: tuple[int, int] = (320, 64)  # channels, latent's side
-    pictures: int = 8
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), step_tokens=4096, model_tokens=4096)
 QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256,
               context=1024, lora_tokens=(1, 128), step_tokens=16, model_tokens=16,
-              model_blocks=(1, 1), unet=(32, 8), pictures=2)
+              model_blocks=(1, 1), unet=(32, 8))
 
 
 def side_by_side(variants: Mapping[str, Callable], rounds: int,

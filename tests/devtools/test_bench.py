@@ -12,12 +12,11 @@ import torch
 from devtools import ROOT, limited_cpu
 from featherweight.ops.layers import int8
 
-# Named here, so that a case that gets lost is missed. "train" is processes of its own; "compilers"
-# compiles for half a minute.
-HEAVY = ["train", "compilers"]
+# Named here, so that a case that gets lost is missed. "compilers" compiles for half a minute.
+HEAVY = ["compilers"]
 CASES = [
-    "device", "shapes", "int8_error", "dequantize", "lora", "model", "step", "lora_error", "repack",
-    "cpu", "lcm", "attention", "comfy", "comfy_load", "comfy_lora", "svdquant_error",
+    "device", "shapes", "int8_error", "dequantize", "lora", "model", "step", "repack", "cpu",
+    "lcm", "attention", "comfy", "comfy_load", "comfy_lora",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 
@@ -47,8 +46,6 @@ def test_a_case_gives_figures_and_a_table(results, case):
         pytest.importorskip("ziglang")
     if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
-    if case == "train" and sys.platform != "linux":
-        pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
     # these have one figure without OpenVINO, or without kernels
     has_one = case in ("device", "lcm", "attention")

@@ -1,12 +1,9 @@
 """Cases on Flux models of real layer sizes and few blocks: a step, its LoRAs, in each of ComfyUI's
-formats, and training."""
+formats."""
 import collections
 import math
-import sys
-import tempfile
 from pathlib import Path
 
-from devtools.measure.memory_probe import probed
 from devtools.measure.random_models import (
     flux_file,
     packed_model,
@@ -94,18 +91,3 @@ def write_dense_flux(path: Path, shapes: dict[str, tuple]):
     """Writes a Flux of random weights in bfloat16."""
     save_file({name: torch.randn(shape, dtype=torch.bfloat16) / math.sqrt(shape[-1])
                for name, shape in shapes.items()}, path)
-
-
-def bench_train(options):
-    """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in each format,
-    each in a process of its own: bytes of the model, growth of the process, seconds that one thread
-    spends on a step. The dense model and the first format train in the node's bypass mode too."""
-    if sys.platform != "linux":
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "flux.safetensors"
-        write_dense_flux(dense, shapes_for(options))
-        for name in ("dense", *options.formats):
-            yield name, probed(f"training-{name}", dense)
-        for name in ("dense", options.formats[0]):
-            yield f"{name}, bypass mode", probed(f"bypass-{name}", dense)
