@@ -32,11 +32,9 @@ HOURS = {"noon": ((84, 165, 235), (186, 226, 248), (1.0, 1.0, 1.0)),
 BODIES = ("sun", "moon", "cloud", "rainbow")
 FOLIAGE = {"pine": (28, 112, 78), "oak": (84, 152, 48), "palm": (44, 158, 84)}
 TRUNK, CHIMNEY, ROOF, DOOR = (124, 80, 52), (150, 84, 70), (86, 74, 84), (104, 66, 48)
-PUMPKIN, STALK = (240, 128, 28), (60, 110, 50)
 # Whatever the hour
 RAINBOW = ((228, 60, 60), (250, 200, 60), (64, 196, 190), (70, 90, 210))
 GLASS, GLOW = (170, 214, 236), (255, 226, 110)  # windows by day and by night
-INK = (18, 14, 24)
 HORIZON = 88
 
 
@@ -99,22 +97,19 @@ def sky(hour: str) -> Image.Image:
 
 
 class Canvas:
-    """Draws in picture coordinates, under the light of an hour, and outlined where `outline` says
-    so."""
+    """Draws in picture coordinates, under the light of an hour."""
 
-    def __init__(self, hour: str, outline: bool):
-        self.hour, self.outline = hour, outline
+    def __init__(self, hour: str):
+        self.hour = hour
         self.image = sky(hour).copy()
         self.draw = ImageDraw.Draw(self.image)
 
     def lit(self, colour: tuple) -> tuple:
         return tuple(round(value * light) for value, light in zip(colour, HOURS[self.hour][2]))
 
-    def polygon(self, points, colour, lit: bool = True, outlined: bool = True):
+    def polygon(self, points, colour, lit: bool = True):
         points = [(x * FINER, y * FINER) for x, y in points]
         self.draw.polygon(points, fill=self.lit(colour) if lit else colour)
-        if self.outline and outlined:
-            self.draw.line([*points, points[0], points[1]], fill=INK, width=9, joint="curve")
 
     def box(self, left, top, right, bottom, colour, **options):
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour,
@@ -125,22 +120,18 @@ class Canvas:
         self.polygon([(x + across * math.cos(t), y + down * math.sin(t)) for t in turns], colour,
                      **options)
 
-    def union(self, circles, colour, **options):
-        """Circles (x, y, radius) as one shape: all outlines first, then all fills."""
-        if self.outline:
-            for x, y, radius in circles:
-                self.ellipse(x, y, radius + 1.1, radius + 1.1, INK, lit=False, outlined=False)
+    def union(self, circles, colour):
+        """Circles (x, y, radius) as one shape."""
         for x, y, radius in circles:
-            self.ellipse(x, y, radius, radius, colour, outlined=False, **options)
+            self.ellipse(x, y, radius, radius, colour)
 
     def picture(self) -> np.ndarray:
         return np.asarray(self.image.reduce(FINER))
 
 
-def draw(scene: Scene, chance: random.Random, outline: bool = False,
-         pumpkins: bool = False) -> np.ndarray:
-    """A picture of the scene, uint8 (SIZE, SIZE, 3). outline, pumpkins: what the two LoRAs add."""
-    canvas = Canvas(scene.hour, outline)
+def draw(scene: Scene, chance: random.Random) -> np.ndarray:
+    """A picture of the scene, uint8 (SIZE, SIZE, 3)."""
+    canvas = Canvas(scene.hour)
 
     def vary(middle: float, by: float) -> float:
         return middle + chance.uniform(-by, by)
@@ -157,9 +148,6 @@ def draw(scene: Scene, chance: random.Random, outline: bool = False,
     house, tree = (37, 97) if scene.side == "left" else (91, 31)
     _tree(canvas, scene.tree, vary(tree, 3), vary(104, 2), vary(1.14, 0.05))
     _house(canvas, WALLS[scene.wall], scene.hour, vary(house, 3), vary(104, 2), vary(1.14, 0.05))
-    if pumpkins:
-        for x in (48, 64, 80):
-            _pumpkin(canvas, vary(x, 1), vary(115, 1), vary(7.5, 0.4))
     return canvas.picture()
 
 
@@ -179,15 +167,12 @@ def _body(canvas: Canvas, body: str, vary):
     else:
         x, radius = vary(64, 5), vary(68, 1.5)
         for band, colour in enumerate(RAINBOW):
-            canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False,
-                           outlined=band == 0)
+            canvas.ellipse(x, 84, radius - 5 * band, radius - 5 * band, colour, lit=False)
         ends = [(x - radius + 20) * FINER, (104 - radius) * FINER, (x + radius - 20) * FINER,
                 (64 + radius) * FINER]
         inside = Image.new("L", canvas.image.size)
         ImageDraw.Draw(inside).ellipse(ends, fill=255)
         canvas.image.paste(sky(canvas.hour), mask=inside)
-        if canvas.outline:
-            canvas.draw.ellipse(ends, outline=INK, width=9)
 
 
 def _tree(canvas: Canvas, kind: str, x: float, base: float, size: float):
@@ -235,8 +220,3 @@ def _house(canvas: Canvas, wall: tuple, hour: str, x: float, base: float, size: 
         middle = x + side * 12.5 * size
         canvas.box(middle - 4 * size, base - 23 * size, middle + 4 * size, base - 13 * size,
                    GLOW if dark else GLASS, lit=not dark)
-
-
-def _pumpkin(canvas: Canvas, x: float, y: float, radius: float):
-    canvas.box(x - 1.3, y - radius - 2, x + 1.3, y - radius + 2, STALK)
-    canvas.ellipse(x, y, radius * 1.15, radius * 0.92, PUMPKIN)

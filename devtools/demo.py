@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo_model import judge, scenes
+from demo_model import scenes
 from devtools import ROOT
 from devtools.demo_sheet import save, sheet
 from devtools.files import demo_files
@@ -98,7 +98,6 @@ def draw_all(server: Server, prompt: str, seed: int, on_progress=None) -> dict[s
     for title, result in results.items():
         dense = results["dense" + "".join(title.partition(" + ")[1:])]  # with the same LoRAs
         result["dense"] = difference(result["picture"], dense["picture"])
-        result["right"] = judge.right(result["picture"], scenes.asked_for(prompt))
     return results
 
 
@@ -136,7 +135,7 @@ def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
 
 def as_text(results: dict[str, dict]) -> str:
     width = max(map(len, results))
-    lines = [f"  {'':<{width}} {'memory':>8}   {'seconds':>8}   {'from dense':>10}   as asked"]
+    lines = [f"  {'':<{width}} {'memory':>8}   {'seconds':>8}   {'from dense':>10}"]
     for title, result in results.items():
         off = (
             "-"
@@ -147,7 +146,7 @@ def as_text(results: dict[str, dict]) -> str:
         )
         lines.append(
             f"  {title:<{width}} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}"
-            f"   {off:>10}   {sum(result['right'].values())} of {len(result['right'])}")
+            f"   {off:>10}")
     return "\n".join(lines)
 
 

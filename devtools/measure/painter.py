@@ -1,16 +1,15 @@
-"""Draws prompts with the demo's model, and tells how far two models' pictures are apart."""
+"""Draws prompts with the demo's model, as latents, and tells how far two models' are apart."""
 from pathlib import Path
 from typing import cast
 
 import comfy.model_management
 import comfy.sample
 import comfy.sd
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from demo_model import scenes
-from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
+from demo_model.autoencoder import SCALE, SHIFT
 from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.models.text_encoder import load_text_encoder
@@ -35,12 +34,6 @@ class Painter:
                         generator=torch.Generator().manual_seed(number))
             for number in range(len(prompts))
         ]
-        # as narrow as it was trained: the same values as ComfyUI's, sooner
-        self.autoencoder = Autoencoder()
-        self.autoencoder.load_state_dict({
-            name: value.float()
-            for name, value in load_file(demo_files.WEIGHTS / "autoencoder.safetensors").items()
-        })
 
     @torch.inference_mode()
     def latents(self, model, count: int) -> torch.Tensor:
@@ -66,12 +59,6 @@ class Painter:
                                     c_crossattn=words) for sigma in (1.0, 0.6)
         ]
         return torch.cat(guesses).float().cpu()
-
-    @torch.inference_mode()
-    def pictures(self, latents: torch.Tensor) -> np.ndarray:
-        """uint8 (N, SIZE, SIZE, 3)."""
-        drawn = torch.cat([self.autoencoder.decode(part) for part in latents.split(BATCH)])
-        return (drawn.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
 
 
 def with_lora(model, name: str):

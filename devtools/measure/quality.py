@@ -15,11 +15,10 @@ from devtools.measure.chart import Value, bar_chart
 from devtools.measure.painter import Painter, psnr, with_lora
 from devtools.measure.weights import snr
 
-import numpy as np
 import torch
 from PIL import Image
 
-from demo_model import judge, scenes
+from demo_model import scenes
 from devtools import ROOT, markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files
@@ -27,18 +26,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}
-EFFECTS = {"ink": judge.outlines, "pumpkins": judge.pumpkins}
-
-
-def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
-    """Share of pictures that show all that was asked for, and of each choice."""
-    right = [judge.right(picture, wanted) for picture, wanted in zip(pictures, asked)]
-    shares = {
-        name: np.mean([entry[name] for entry in right if name in entry]) for name in scenes.CHOICES
-    }
-    return {"all": float(np.mean([all(entry.values()) for entry in right]))} | {
-        name: float(s) for name, s in shares.items()
-    }
+LORAS = ("ink", "pumpkins")
 
 
 def along(change: torch.Tensor, dense: torch.Tensor) -> float:
@@ -47,12 +35,10 @@ def along(change: torch.Tensor, dense: torch.Tensor) -> float:
     return float((change * dense).sum() / dense.square().sum())
 
 
-def measure(formats, count: int, lora_count: int,
-            show=functools.partial(print, flush=True)) -> dict[str, dict]:
-    """Format -> its figures. count: of prompts, at most 256. lora_count: of those that are drawn
-    with each LoRA too."""
+def measure(formats, count: int, show=functools.partial(print, flush=True)) -> dict[str, dict]:
+    """Format -> its figures. count: of prompts, at most 256."""
     captions = [scene.caption() for scene in scenes.all_scenes()[1][:count]]
-    asked, results, dense = [scenes.asked_for(caption) for caption in captions], {}, {}
+    results, dense = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         painter = Painter(captions, Path(folder))
         for name in formats:
@@ -64,23 +50,15 @@ def measure(formats, count: int, lora_count: int,
             demo_files.write_model(path, name)
             model = load_diffusion_model(str(path))
             latents = painter.latents(model, count)
-            pictures = painter.pictures(latents)
-            row = {"bytes": model.model_size(), "accuracy": accuracy(pictures, asked)}
-            changes, plain = {}, painter.predictions(model)
-            for lora, effect in EFFECTS.items():
-                patched = with_lora(model, lora)
-                after = painter.pictures(painter.latents(patched, lora_count))
-                row[f"effect_{lora}"] = float(
-                    np.mean([effect(b) - effect(a) for a, b in zip(pictures, after)]))
-                changes[lora] = painter.predictions(patched) - plain
-            dense = dense or {"row": row, "latents": latents, "changes": changes}
+            row, plain = {"bytes": model.model_size()}, painter.predictions(model)
+            changes = {lora: painter.predictions(with_lora(model, lora)) - plain for lora in LORAS}
+            dense = dense or {"latents": latents, "changes": changes}
             if name != "F16":
                 row |= {
                     "snr": snr(latents, dense["latents"]), "psnr": psnr(latents, dense["latents"])
                 }
-            for lora in EFFECTS:
+            for lora in LORAS:
                 row[f"kept_{lora}"] = along(changes[lora], dense["changes"][lora])
-                row[f"retention_{lora}"] = row[f"effect_{lora}"] / dense["row"][f"effect_{lora}"]
             results[name] = row
             show(f"{line(name, row)}   ({time.process_time() - started:.0f} s of processor time)")
             del model
@@ -95,16 +73,13 @@ def cells(name: str, row: dict) -> list[str]:
     against = [f"{row['snr']:.1f} dB", f"{row['psnr']:.1f} dB"] if "snr" in row else ["", ""]
     return [
         "dense (F16)" if name == "F16" else name, f"{row['bytes'] / 1e6:.2f} MB", *against,
-        f"{100 * row['accuracy']['all']:.1f} %",
-        *(f"{100 * row[f'kept_{lora}']:.1f} %, {100 * row[f'retention_{lora}']:.1f} %"
-          for lora in EFFECTS)
+        *(f"{100 * row[f'kept_{lora}']:.1f} %" for lora in LORAS)
     ]
 
 
 def markdown(results: dict, about: str) -> str:
     titles = [
-        "", "held", "latent SNR", "latent PSNR", "all as asked",
-        *(f"LoRA {name}: change, effect" for name in EFFECTS)
+        "", "held", "latent SNR", "latent PSNR", *(f"LoRA {name} kept" for name in LORAS)
     ]
     rows = [cells(name, row) for name, row in results.items()]
     return f"{about}\n\n{markdown_table(titles, rows)}"
@@ -115,9 +90,8 @@ def draw(results: dict[str, dict]) -> Image.Image:
     figures = {
         "held, MB": lambda row: row["bytes"] / 1e6,
         "latent SNR, dB": lambda row: row.get("snr"),
-        "all as asked, %": lambda row: 100 * row["accuracy"]["all"],
         **{f"LoRA {name} kept, %": lambda row, name=name: 100 * row[f"kept_{name}"]
-           for name in EFFECTS}
+           for name in LORAS}
     }
     values = {title: {name: value_of(row) for name, row in results.items()}
               for title, value_of in figures.items()}
@@ -144,8 +118,6 @@ def main():
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
     parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT,
                         help="how many of the 256 captions never trained on")
-    parser.add_argument("--lora-prompts", type=int, default=64,
-                        help="how many of them are drawn with each LoRA too")
     parser.add_argument(
         "--packing", action="store_true",
         help="only the second table: files made here beside the recipes in use, at equal bytes")
@@ -168,12 +140,11 @@ def main():
     formats = ["F16", *(name for name in options.formats if name != "F16")]
     if not demo_files.has_bitsandbytes():
         formats = [name for name in formats if name not in BITSANDBYTES]
-    results = measure(formats, options.prompts, min(options.lora_prompts, options.prompts))
+    results = measure(formats, options.prompts)
     about = (
         f"`python3 dev.py quality`: {options.prompts} captions that training never saw, {STEPS}"
-        f" steps; each LoRA on {options.lora_prompts} of them. A LoRA's change: of the predictions"
-        " for the same noise, along the dense model's change. Its effect: on finished pictures,"
-        " dark lines and pumpkins counted."
+        " steps. What is kept of a LoRA: of the change of the predictions for the same noise, along"
+        " the dense model's change."
     )
     write(options.out, found | {"about": about, "formats": results})
     draw(results).save(options.out / "quality.png", optimize=True)

@@ -1,10 +1,10 @@
-"""The demo: one prompt drawn side by side on the real server shows what was asked for, packed or
-not, with LoRAs or not."""
+"""The demo: one prompt drawn side by side on the real server gives nearly the same picture packed
+or not, with LoRAs or not."""
 import json
 
+import numpy as np
 import pytest
 
-from demo_model import judge, scenes
 from devtools import demo
 from devtools.demo_sheet import COLUMNS, sheet
 from devtools.files import demo_files
@@ -28,10 +28,8 @@ def results(server):
 
 
 @of_the_mix
-def test_every_picture_shows_what_was_asked_for(results):
+def test_a_packed_model_draws_what_the_dense_one_draws_and_the_larger_type_more_nearly(results):
     assert {"dense", "Q8_0", "Q4_K", "Q2_K", "Q4_K + LoRA"} <= results.keys()
-    for title in ("dense", "Q8_0", "Q4_K"):
-        assert results[title]["right"] == dict.fromkeys(scenes.CHOICES, True), title
     assert results["Q8_0"]["dense"] > results["Q2_K"]["dense"] and results["Q8_0"]["dense"] > 25
     assert results["dense"]["dense"] is None
 
@@ -58,14 +56,12 @@ def test_packed_models_hold_fewer_bytes(results):
 
 @of_the_mix
 def test_loras_show_on_packed_models_as_on_the_dense_one(results):
-    lines = {title: judge.outlines(result["picture"]) for title, result in results.items()}
-    assert lines["Q4_K + LoRA"] > 2 * lines["Q4_K"] and lines["dense + LoRA"] > 2 * lines["dense"]
-    if "NF4" in results:
-        assert (
-            judge.pumpkins(results["NF4"]["picture"])
-            < 40
-            < judge.pumpkins(results["NF4 + two LoRAs"]["picture"])
-        )
+    for title in {"Q4_K + LoRA", "NF4 + two LoRAs"} & results.keys():
+        plain, _, loras = title.partition(" + ")
+        dense = results[f"dense + {loras}"]["picture"]
+        change = demo.difference(results["dense"]["picture"], dense)
+        assert results[title]["dense"] > change + 3, title  # dB
+        assert demo.difference(results[title]["picture"], results[plain]["picture"]) < change + 3
 
 
 @of_the_mix
@@ -93,6 +89,14 @@ def test_the_demo_goes_without_a_model_that_could_not_be_written(server):
     assert set(links) <= fewer.keys()
 
 
+def dark_lines(picture: np.ndarray) -> float:
+    """Returns how much of a picture is thin dark lines, which the LoRA learns."""
+    grey, by = picture.astype(np.float32).mean(-1), 4
+    across = np.minimum(grey[by:-by, 2 * by:], grey[by:-by, :-2 * by]) - grey[by:-by, by:-by]
+    down = np.minimum(grey[2 * by:, by:-by], grey[:-2 * by, by:-by]) - grey[by:-by, by:-by]
+    return float(np.maximum(across, down).clip(0).mean())
+
+
 @of_the_mix
 def test_a_lora_trained_on_a_packed_model_draws_what_it_learned(server):
     demo_files.make_models(server.base, ["Q4_K"])
@@ -102,7 +106,7 @@ def test_a_lora_trained_on_a_packed_model_draws_what_it_learned(server):
     train["inputs"] |= {"steps": 40}
     run = server.queue(prompt)
     nodes = {spec["class_type"]: node for node, spec in prompt.items()}
-    without, trained = (judge.outlines(server.pixels(run, nodes[shown]))
+    without, trained = (dark_lines(server.pixels(run, nodes[shown]))
                         for shown in ("PreviewImage", "SaveImage"))
     assert trained > 1.15 * without
     saved, = (server.base / "output" / "loras").glob("featherweight_demo*.safetensors")
