@@ -43,8 +43,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  read bad files and hostile workflows, 500 for each target, by a
                                  seed that is drawn and printed
   soak [--minutes N] [--prompts N]
-                                 run the real server for hours with two clients; leaves JSON and a
-                                 plot
+                                 run the real server for hours with two clients; leaves JSON
   setup                          only make the environment that the others use
 
 Each command first makes what is missing under .dev: a virtual environment and ComfyUI itself,

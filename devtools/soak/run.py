@@ -1,56 +1,57 @@
-"""Two clients that work through their prompts side by side, with a reading of the server after each
-round."""
+"""Two clients that work through their prompts side by side, readings of the server, and what they
+come to."""
+import os
 import re
 import statistics
 import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
 
 from devtools.host.server import Server, ServerError
-from devtools.soak.metrics import read
+from devtools.soak import probe_nodes
 from devtools.soak.requests import CANCEL, FREE, REFUSAL, Ask, Asks
 
+CLIENTS = 2
+# of what is packed while loading: less than all of it, so that entries come and go
+CACHE = {"FEATHERWEIGHT_PACKED_CACHE_GB": "0.02"}
 MOST_PICTURES = 3  # of the same prompt, before its model's kernels are all proven
 LOST = 300  # seconds after which a prompt is taken for lost
+TRIALS = 300  # seconds that kernels may take which are tried beside the prompts, with their files
+GROWTH = 0.01  # of the resident memory after the warm-up
+ENOUGH = 16  # readings of which a growth can be told
 INTERRUPTED = re.compile(r"\w+ was interrupted\.")
 SENTENCE = re.compile(r"[^\n]+[.)]")  # of a refusal: on one line
+LEFT = {"mapped": "model files mapped", "open": "open files", "temporary": "temporary files"}
 
 
 @dataclass
 class RunLog:
     """What a run has found.
 
-    outcomes: how many prompts of each kind ended how. mistakes: what should not have been, each in
-    a line.
-    pictures: key -> digests of its pictures, in order, each once. repeated: how many pictures were
-    compared.
-    seconds: of each prompt.
+    mistakes: what should not have been, each in a line. pictures: key -> digests of its pictures,
+    in order, each once. repeated: how many pictures were compared. readings: as `read` makes them.
     """
 
-    outcomes: Counter = field(default_factory=Counter)
+    prompts: int = 0
     mistakes: list[str] = field(default_factory=list)
     pictures: dict[str, list[str]] = field(default_factory=dict)
     repeated: int = 0
-    seconds: list[float] = field(default_factory=list)
     readings: list[dict] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def prompts(self) -> int:
-        return self.outcomes.total()
-
-    def note(self, ask: Ask, outcome: str, seconds: float):
+    def note(self, ask: Ask, mistake: str):
         with self.lock:
-            self.outcomes[f"{ask.kind}: {outcome}"] += 1
-            self.seconds.append(seconds)
+            self.prompts += 1
+            if mistake:
+                self.mistakes.append(f"prompt {self.prompts}, {ask.kind} {ask.key!r}: {mistake}")
 
-    def mistake(self, ask: Ask, what: str):
-        with self.lock:
-            self.mistakes.append(f"prompt {self.prompts}, {ask.kind} {ask.key!r}: {what}")
-
-    def picture(self, ask: Ask, digest: str):
+    def picture(self, ask: Ask, digest: str) -> str:
+        """Notes a picture. Returns what is wrong with it, or ""."""
         with self.lock:
             self.repeated += ask.key in self.pictures
             known = self.pictures.setdefault(ask.key, [digest])
@@ -58,89 +59,127 @@ class RunLog:
             is_settled = digest == known[-1] or (digest not in known and len(known) < MOST_PICTURES)
             if digest != known[-1]:
                 known.append(digest)
-        if not is_settled:
-            self.mistake(ask, "another picture than the times before")
+        return "" if is_settled else "another picture than the times before"
+
+    def growth(self) -> float | None:
+        """What the resident memory has grown by after the first quarter of the readings, relative,
+        along the line that fits them best; None of too few readings."""
+        if len(self.readings) < ENOUGH:
+            return None
+        late = self.readings[len(self.readings) // 4:]
+        prompts, rss = ([each[name] for each in late] for name in ("prompts", "rss"))
+        slope, start = statistics.linear_regression(prompts, rss)
+        return (start + slope * prompts[-1]) / (start + slope * prompts[0]) - 1
+
+    def broken(self) -> list[str]:
+        """The bounds that do not hold, each in a sentence."""
+        found, grown = list(self.mistakes), self.growth()
+        if grown is not None and grown >= GROWTH:
+            found.append(f"Resident memory has grown by {grown:.1%} after the warm-up, of"
+                         f" {GROWTH:.0%} that it may.")
+        late = self.readings[len(self.readings) // 4:]
+        return found + [
+            f"{text}: {late[0][name]} after the warm-up, {late[-1][name]} at the end."
+            for name, text in LEFT.items() if late and late[-1][name] > late[0][name]]
+
+    def closing_line(self) -> str:
+        grown = self.growth()
+        memory = "too few readings to tell a growth" if grown is None else (
+            f"resident memory {grown:+.2%} after the warm-up")
+        return (f"{'Failed' if self.broken() else 'Done'}: {self.prompts} prompts, {self.repeated}"
+                f" repeated pictures compared, {len(self.mistakes)} mistakes, {memory}")
 
 
-class Client:
-    def __init__(self, server: Server, asks: Asks, run_log: RunLog):
-        self.server, self.asks, self.run_log, self.index = server, asks, run_log, 0
+def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1,
+         run_log: RunLog | None = None, show: Callable[[dict], None] = lambda reading: None
+         ) -> RunLog:
+    """Rounds of `every` prompts until there are `prompts` of them or the minutes are over, with the
+    files that `fixtures.write` has written into `base`, where all temporary files lie too.
 
-    def work(self, count: int, end: float):
-        """Ask `count` times, or until the time is up."""
-        for _ in range(count):
-            if time.monotonic() > end:
-                return
-            ask = self.asks.number(self.index)
-            self.index += 1
-            started = time.monotonic()
-            try:
-                self.run_log.note(ask, self.ask(ask), time.monotonic() - started)
-            except Exception as error:  # the server is gone, or did not answer: the prompt is lost
-                self.run_log.note(ask, "lost", time.monotonic() - started)
-                self.run_log.mistake(ask, f"lost: {error}")
-                if self.server.has_ended():
-                    return
-
-    def ask(self, ask: Ask) -> str:
-        """How a prompt ended."""
-        prompt_id = []
-        ask.before()
-        if ask.kind == FREE:
-            self.server.post("/free", {"unload_models": True, "free_memory": self.index % 2 == 0})
-
-        def cancel(node, value, maximum):
-            at, progress = ask.cancel or ("", 0)
-            if ask.graph[node]["class_type"] == at and maximum and value >= progress:
-                self.server.post("/interrupt", {"prompt_id": prompt_id[0]})
-
-        try:
-            run = self.server.queue(ask.graph, cancel, LOST, prompt_id.append)
-        except ServerError as error:
-            return self.ended(ask, str(error))
-        self.server.post("/history", {"delete": [run.prompt_id]})
-        digest, = (text for output in run.outputs.values() for text in output.get("text", ())[:1]
-                   if len(text) == 64)
-        if ask.kind == REFUSAL:
-            self.run_log.mistake(ask, "it was not refused")
-        self.run_log.picture(ask, digest)
-        return "drawn"
-
-    def ended(self, ask: Ask, message: str) -> str:
-        if ask.kind == CANCEL and INTERRUPTED.fullmatch(message):
-            return "cancelled"
-        if ask.kind != REFUSAL:
-            self.run_log.mistake(ask, message)
-        elif not (
-            SENTENCE.fullmatch(message) and ask.says in message and "Traceback" not in message
-        ):
-            self.run_log.mistake(ask,
-                              f"a refusal that is not one sentence about {ask.says}: {message!r}")
-        return "refused"
-
-
-def run(server: Server, clients: list[Client], run_log: RunLog, prompts: int, minutes: float,
-        every: int, show) -> RunLog:
-    """Rounds of `every` prompts until there are `prompts` of them or the minutes are over. show:
-    called with each reading."""
-    started, before = time.monotonic(), 0
-    end = started + 60 * minutes
-    while run_log.prompts < prompts and time.monotonic() < end and not server.has_ended():
-        count = min(every, prompts - run_log.prompts)
-        with ThreadPoolExecutor(len(clients)) as pool:
-            for done in [
-                    pool.submit(client.work, -(-count // len(clients)), end) for client in clients
-            ]:
-                done.result()
-        if server.has_ended():
-            run_log.mistakes.append(f"The server ended by itself after {run_log.prompts} prompts.")
-            break
-        reading = {
-            "prompts": run_log.prompts, "minutes": (time.monotonic() - started) / 60,
-            **read(server, len(run_log.readings))
-        }
-        reading["seconds"] = statistics.median(run_log.seconds[before:] or [0])
-        before = len(run_log.seconds)
-        run_log.readings.append(reading)
-        show(reading)
+    show: called with each reading of `run_log`, which grows.
+    """
+    run_log, end = run_log or RunLog(), time.monotonic() + 60 * minutes
+    folders = {"TMPDIR": "tmp", "XDG_CACHE_HOME": "cache", "FEATHERWEIGHT_PACKED_CACHE": "packed"}
+    for name in folders.values():
+        (base / name).mkdir(parents=True, exist_ok=True)
+    env = CACHE | {name: str(base / folder) for name, folder in folders.items()}
+    nodes = {"soak": Path(probe_nodes.__file__).read_text(encoding="utf-8")}
+    # products this small only wait for other threads
+    with Server(base, extra_custom_nodes=nodes, env=env | {"OMP_NUM_THREADS": "1"}) as server:
+        clients = [(server.another_client(), Asks(base, seed, number)) for number in range(CLIENTS)]
+        while run_log.prompts < prompts and time.monotonic() < end:
+            count = -(-min(every, prompts - run_log.prompts) // CLIENTS)
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                list(pool.map(lambda client: work(*client, run_log, count, end), clients))
+            if server.has_ended():
+                run_log.mistakes.append(f"The server ended after {run_log.prompts} prompts.")
+                break
+            run_log.readings.append({"prompts": run_log.prompts} | read(server))
+            show(run_log.readings[-1])
     return run_log
+
+
+def work(server: Server, asks: Asks, run_log: RunLog, count: int, end: float):
+    """Ask `count` times, or until the time is up."""
+    for _ in range(count):
+        if time.monotonic() > end or server.has_ended():
+            return
+        ask = next(asks)
+        try:
+            mistake = answer(server, ask, run_log)
+        except Exception as error:  # the server is gone, or did not answer: the prompt is lost
+            mistake = f"lost: {error}"
+        run_log.note(ask, mistake)
+
+
+def answer(server: Server, ask: Ask, run_log: RunLog) -> str:
+    """Sends a prompt. Returns what is wrong with how it ended, or ""."""
+    prompt_id = []
+    ask.before()
+    if ask.kind == FREE:
+        server.post("/free", {"unload_models": True, "free_memory": True})
+
+    def cancel(node, value, maximum):
+        at, progress = ask.cancel or ("", 0)
+        if ask.graph[node]["class_type"] == at and maximum and value >= progress:
+            server.post("/interrupt", {"prompt_id": prompt_id[0]})
+
+    try:
+        run = server.queue(ask.graph, cancel, LOST, prompt_id.append)
+    except ServerError as error:
+        message = str(error)
+        if ask.kind == CANCEL and INTERRUPTED.fullmatch(message):
+            return ""
+        is_sentence = SENTENCE.fullmatch(message) and "Traceback" not in message
+        is_refusal = ask.kind == REFUSAL and is_sentence and ask.says in message
+        return "" if is_refusal else message
+    server.post("/history", {"delete": [run.prompt_id]})
+    digest, = (text for output in run.outputs.values() for text in output.get("text", ())[:1]
+               if len(text) == 64)
+    wrong = run_log.picture(ask, digest)
+    return "it was not refused" if ask.kind == REFUSAL else wrong
+
+
+def read(server: Server) -> dict[str, float]:
+    """Ask the server to let go of all it holds, and count what is left.
+
+    rss: MB of the process. mapped: files of the soak that are mapped. open: files that are open,
+    its log among them. temporary: files in its temporary folders, and parts of files.
+    """
+    end = time.monotonic() + TRIALS
+    while temporary_files(server) and time.monotonic() < end:
+        time.sleep(0.2)
+    for _ in range(2):
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        server.queue({"1": {"class_type": "SoakQuiet", "inputs": {"turn": time.time_ns()}}})
+    server.post("/history", {"clear": True})
+    assert server.process is not None
+    process, models = psutil.Process(server.process.pid), str(server.base / "models")
+    return {"rss": process.memory_info().rss / 1e6,
+            "mapped": sum(entry.path.startswith(models) for entry in process.memory_maps()),
+            "open": len(process.open_files()), "temporary": temporary_files(server)}
+
+
+def temporary_files(server: Server) -> int:
+    return sum(name.endswith(".part") or Path(folder).relative_to(server.base).parts[:1] in (
+        ("temp",), ("tmp",)) for folder, _, names in os.walk(server.base) for name in names)
