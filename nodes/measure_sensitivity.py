@@ -1,10 +1,11 @@
 """The node Measure Sensitivity (Featherweight)."""
 import os
+from collections.abc import Callable
 
 from comfy_api.latest import io, ui
 
 from ..loaders.byte_sizes import size_text
-from ..loaders.packing.calibration.imatrix import write_imatrix
+from ..loaders.files.atomic_file import WriteError
 from ..loaders.packing.calibration.measure import (
     CHOICES,
     EACH_TYPE,
@@ -14,15 +15,17 @@ from ..loaders.packing.calibration.measure import (
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import FAST, Sensitivity, report, summary
 from ..loaders.packing.calibration.while_generating import WhileGenerating
-from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
+from ..loaders.paths.folders import new_sensitivity_path
 from ..loaders.paths.name_tokens import fill_in
 from ..loaders.recipe import source_name
-from .node_text import show_text
+from .node_text import show_text, text_sender
 from .number_checks import reject_infinite
 from .renamed_options import current, renamed_combo
 
 WHILE_GENERATING = "while you generate"
 RENAMED_EFFORTS = {"one run per layer": NORMAL, "no runs": FAST, EACH_TYPE: EACH_TYPE}
+NO_IMATRIX = ("No imatrix is written any more. Use the measurement itself, which holds more:"
+              " Save Packed Model (Featherweight) and the loaders take it.")
 
 
 def latent_input():
@@ -53,7 +56,6 @@ class MeasureSensitivity(io.ComfyNode):
                 "calibrate",
                 "calibration",
                 "sensitivity",
-                "imatrix gguf",
                 "quantize",
                 "quantise",
             ],
@@ -122,9 +124,8 @@ class MeasureSensitivity(io.ComfyNode):
                     "imatrix",
                     default=False,
                     optional=True,
-                    tooltip="Also writes an imatrix next to the file, with the names of the GGUF"
-                    " files that Save Packed Model (Featherweight) writes: .imatrix.gguf for"
-                    " llama.cpp's quantizers, .imatrix.dat for stable-diffusion.cpp.",
+                    advanced=True,
+                    tooltip="Of earlier workflows. No imatrix is written any more.",
                 ),
             ],
             outputs=[
@@ -150,34 +151,57 @@ class MeasureSensitivity(io.ComfyNode):
         reject_infinite(cfg=cfg[0])
         model = model[0]
         name = fill_in(name[0].strip() or "%model%", source_name(model))
-        path = new_sensitivity_path(name)
+        path = new_sensitivity_path(name)  # raises before the work
+        notes = [NO_IMATRIX] if next(iter(imatrix or ()), False) else []
         prompts = [
             [entry] for conditioning in positive or () if conditioning for entry in conditioning
         ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
-
-        def save(sensitivity: Sensitivity) -> str:
-            """Saves a measurement. Returns the names and sizes of its files."""
-            sensitivity.save(path)
-            heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
-            if next(iter(imatrix or ()), False):
-                imatrices = [f"{path.removesuffix(SENSITIVITY)}{suffix}"
-                             for suffix in IMATRIX_SUFFIXES]
-                write_imatrix(sensitivity, *imatrices)
-                for imatrix_path in imatrices:
-                    heading = f"{os.path.basename(imatrix_path)}\n{heading}"
-            return heading
-
         effort = current(thoroughness[0], RENAMED_EFFORTS)
         if effort == WHILE_GENERATING:
-            text = (f"{os.path.basename(path)}\nwill be written after 1, 2, 4, 8 ... images that"
-                    " are generated with the output model.")
+            text = "\n".join([
+                os.path.basename(path), "or the next free number will be written after 1, 2, 4, 8"
+                " ... images that are generated with the output model.", *notes])
             show_text(text)
-            return io.NodeOutput(path, text, WhileGenerating(save).attach(model),
+            return io.NodeOutput(path, text, WhileGenerating(_writer(name)).attach(model),
                                  ui=ui.PreviewText(text))
         run = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
         sensitivity = measure(model, run, effort)
-        heading = save(sensitivity)
-        show_text(heading + summary(sensitivity))
-        text = heading + report(sensitivity)
+        path = _save(sensitivity, name)
+        show_text("\n".join([_heading(path) + summary(sensitivity), *notes]))
+        text = "\n".join([_heading(path) + report(sensitivity), *notes])
         return io.NodeOutput(path, text, model, ui=ui.PreviewText(text))
+
+
+def _save(sensitivity: Sensitivity, name: str) -> str:
+    """Saves a measurement under the next free number of its name, and returns the path.
+
+    A number that another node or ComfyUI takes meanwhile is left to it.
+    """
+    while True:
+        path = new_sensitivity_path(name)
+        try:
+            sensitivity.save(path, overwrite=False)
+            return path
+        except WriteError:
+            if not os.path.exists(path):
+                raise
+
+
+def _writer(name: str) -> Callable[[Sensitivity], None]:
+    """Returns a function that saves one measurement as it grows, and shows it on this node."""
+    show, path = text_sender(), None
+
+    def write(sensitivity: Sensitivity):
+        nonlocal path
+        if path is None:
+            path = _save(sensitivity, name)
+        else:
+            sensitivity.save(path)
+        show(f"{_heading(path)}{summary(sensitivity)}\nimages: {sensitivity.about['samples']}")
+
+    return write
+
+
+def _heading(path: str) -> str:
+    return f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "

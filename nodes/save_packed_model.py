@@ -8,8 +8,6 @@ from comfy_api.latest import io, ui
 
 from ..loaders.files.safetensors_writer import INT4_PRODUCT
 from ..loaders.packing.calibration.imatrix import load_measurement
-from ..loaders.packing.calibration.sampling import SamplingRun
-from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
 from ..loaders.packing.layer_losses import measuring_advice
 from ..loaders.packing.planning.file_plan import (
@@ -51,7 +49,6 @@ from .search_words import OF_SAVING
 
 # option -> types of ComfyUI's own with which the size is met
 SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
-MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
 W4A4 = "convrot_w4a4"
@@ -155,16 +152,13 @@ class SavePackedModel(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Prompts like those you use. With them the model generates a few images"
-                    " and its layers are packed one after another, each compensating for the"
-                    " errors of those before it. With one type the result is closer to the model;"
-                    " it is slow.",
+                    tooltip="Of earlier workflows; not used any more. Give the prompts to Measure"
+                    " Sensitivity (Featherweight), and connect that to measurement.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="With positive: an empty latent of the size you use, or of a video's"
-                    " length. If nothing is connected: an image of 512 x 512, or one frame.",
+                    tooltip="Of earlier workflows; not used any more.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -246,6 +240,12 @@ class SavePackedModel(io.ComfyNode):
             model_source.notes.append(
                 "convrot_w4a4 loses more than Q4_K, which is about as large. It is for GPUs on"
                 " which ComfyUI multiplies it faster.")
+        if positive:
+            is_measured = measured is not None and not measured.is_unused
+            model_source.notes.append("The prompts at positive are not used any more: the model is"
+                                      " packed " + (
+                "by the measurement alone." if is_measured else "unmeasured; connect them to"
+                " Measure Sensitivity (Featherweight), and that to measurement."))
         if not (measured or positive):
             loss = relative_error("Q4_K" if type in SIZES else type)
             model_source.notes += filter(None, [measuring_advice(loss)])
@@ -271,24 +271,17 @@ class SavePackedModel(io.ComfyNode):
             jobs.append(new_job(source, prefix, label, type if type == KEEP_TYPES else label))
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
-        calibrating = ["generating", "packing layer after layer"] if positive else []
-        progress = Progress(*calibrating, *["packing"] * len(jobs))
+        progress = Progress(*["packing"] * len(jobs))
         metadata = cls._metadata()
         files = []
         for source, path, target in jobs:
-            is_model = source is model_source
             options = SaveOptions(
-                measured if is_model else None, keep_loras, metadata, overwrite, row_types,
-                is_calibrated=is_model and bool(positive), is_int4_product=is_int4_product
+                measured if source is model_source else None, keep_loras, metadata, overwrite,
+                row_types, is_int4_product=is_int4_product
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.short_text)
-            calibration = None
-            if is_model and positive:
-                prompts = [[entry] for entry in positive]
-                run = SamplingRun(prompts, latent, samples=max(MIN_SAMPLES, len(prompts)))
-                calibration = record_calibration(model, run, track=progress.track)
-            files.append(save(plan, progress.track, calibration))
+            files.append(save(plan, progress.track))
         show_text("\n\n".join(saved.short_text for saved in files))
         text = "\n\n".join(saved.text for saved in files)
         return io.NodeOutput(jobs[0][1], text, ui=ui.PreviewText(text))

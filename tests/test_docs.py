@@ -45,7 +45,7 @@ from featherweight.loaders.packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from featherweight.loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY
+from featherweight.loaders.paths.folders import SENSITIVITY
 from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
@@ -450,8 +450,7 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
 
 def test_trust_names_every_kind_of_file_that_nodes_write():
     said = PAGES["trust"].split("**It writes** only")[1].split("never into")[0]
-    assert set(re.findall(r"`([^`]+)`", said)) == {
-        ".gguf", ".safetensors", SENSITIVITY, *IMATRIX_SUFFIXES}
+    assert set(re.findall(r"`([^`]+)`", said)) == {".gguf", ".safetensors", SENSITIVITY}
 
 
 def test_sizes_of_vram_flags_are_those_that_comfyui_has():

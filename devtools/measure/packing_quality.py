@@ -27,24 +27,20 @@ from featherweight.loaders.files.safetensors_writer import PACKED_TYPES, safeten
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
-from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
-from featherweight.loaders.packing_rules import PLAIN_BYTES, bytes_in_file
+from featherweight.loaders.packing_rules import bytes_in_file
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
-IN_TURN = ("Q4_K", "Q3_K")
 CALIBRATION, TOGETHER = 256, 16  # captions of the training, and how many of them are drawn at once
 METADATA = {"general.architecture": "flux", "general.quantization_version": 2}
 NAMES = {  # way of packing -> what the table calls it
     "mix": "made here, mix by measurement", "mix, one run": "made here, mix by one run per layer",
     "mix, no runs": "made here, mix by the layers' own losses",
     "mix, plain": "made here, mix, nothing measured", "uniform": "made here, one type",
-    "in turn": "made here, one type, layer after layer",
-    "mix, in turn": "made here, mix by measurement, layer after layer",
     "no prompt": "made here, one type, measured without a prompt",
     "plain": "made here, one type, nothing measured",
     "measured": "made here, one type, measured",
@@ -53,8 +49,7 @@ NAMES = {  # way of packing -> what the table calls it
     "learned": "convert_to_quant, learned rounding"
 }
 
-MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
-         "mix, one run": "normal", "mix, no runs": "fast"}
+MIXES = {"mix": "one run per layer and type", "mix, one run": "normal", "mix, no runs": "fast"}
 
 # Name of a published file -> its type, and that of `attn.qkv.weight`, which alone is lifted in a
 # Flux by ComfyUI-GGUF's patch of llama.cpp.
@@ -154,7 +149,6 @@ class Maker:
     def write(self, way: str, size: str) -> tuple[Path, Plan]:
         """A file of the model packed in this way."""
         plan = self.plan(way, size)
-        packed = self._in_turn(plan) if way.endswith("in turn") else {}
         writer, ending, metadata = (
             (safetensors_writer, "safetensors", {})
             if size in PACKED_TYPES and not way.startswith("mix")
@@ -165,24 +159,10 @@ class Maker:
                     metadata) as file:
             for name, kind in plan.types.items():
                 plain = {"F16": torch.float16, "F32": torch.float32}.get(kind)
-                tensor = packed.get(name)
-                if tensor is None:
-                    tensor = (
-                        self.pack(way, name, kind)
-                        if plain is None
-                        else self.tensors[name].to(plain)
-                    )
+                tensor = (self.pack(way, name, kind) if plain is None
+                          else self.tensors[name].to(plain))
                 file.write(name, kind, [tensor])
         return path, plan
-
-    def _in_turn(self, plan: Plan) -> dict:
-        """The block matrices packed layer after layer, as the node does it."""
-        calibration, packed = record_calibration(self.dense_model(), self.drawing()), {}
-        for name in (name for name in calibration.order if plan.types[name] not in PLAIN_BYTES):
-            packed[name] = pack(self.tensors[name], plan.types[name], calibration.moments(name))
-            calibration.set_packed(name, packed[name],
-                                   self.tensors.get(f"{name.removesuffix('weight')}bias"))
-        return packed
 
 
 def pack(weight: torch.Tensor, type_name: str, moments):
@@ -195,7 +175,7 @@ def pack(weight: torch.Tensor, type_name: str, moments):
 def host_rows() -> list[tuple[str, str]]:
     """(way, type) of every row of the table of ComfyUI's own types."""
     return [(way, type_name) for type_name in ROW_TYPES
-            for way in ("kitchen", "learned", "plain", "measured", "in turn")
+            for way in ("kitchen", "learned", "plain", "measured")
             if way != "learned" or type_name in host_type_packing.LEARNED]
 
 
@@ -206,7 +186,6 @@ def rows(sizes=SIZES) -> list[tuple[str, str]]:
         *(["llama.cpp, importance", "llama.cpp"] if ggml_quantiser.available() else [])
     ]
     table = [(way, size) for size in sizes for way in ways if way != "mix" or size != "Q2_K"]
-    table += [*(("in turn", size) for size in IN_TURN), ("mix, in turn", "Q4_K")]
     table += [(way, "Q4_K") for way in ("mix, one run", "mix, no runs", "no prompt", "plain")]
     return [*table, ("uniform", "NF4"), ("bitsandbytes", "NF4")]
 

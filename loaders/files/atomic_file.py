@@ -67,14 +67,9 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
         with _explain_oserror(path):
             file.truncate(max(file.tell(), 0))
             os.fsync(file.fileno())
-            if not overwrite and path.exists():
-                raise WriteError(
-                    f"{path} was created by another program meanwhile and was not overwritten."
-                    " Pick another name."
-                )
             if fcntl is None:
                 file.close()
-            os.replace(part, path)
+            (os.replace if overwrite else _rename_to_new)(part, path)
     except BaseException as error:
         if file is not None:
             file.close()
@@ -225,6 +220,27 @@ def _open_locked(part: Path, mode: int) -> BinaryIO:
         if _has_name(file, part):
             return file
         file.close()  # that cleaner has removed it
+
+
+def _rename_to_new(part: Path, path: Path):
+    """Renames a file, and raises WriteError if there is one of the new name already."""
+    try:
+        if os.name == "nt":
+            os.rename(part, path)
+            return
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a drive without links
+            if path.exists():
+                raise FileExistsError from None
+            os.replace(part, path)
+        else:
+            os.unlink(part)
+    except FileExistsError as error:
+        raise WriteError(f"{path} was created by another program meanwhile and was not overwritten."
+                         " Pick another name.") from error
 
 
 def _has_name(file: BinaryIO, path: Path) -> bool:

@@ -336,7 +336,7 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | i
 def measurement_of(file: PackedFrom, shapes: Shapes
                    ) -> tuple[Sensitivity | None, FileState | None]:
     """Returns the measurement of a model, or an imatrix next to its file, and the state of that
-    file; None for both where there is neither, or where it does not fit the model.
+    file; None for both where there is neither, or where it is not used or does not fit the model.
 
     Args:
         file: of the model.
@@ -347,10 +347,14 @@ def measurement_of(file: PackedFrom, shapes: Shapes
         return None, None
     state = FileState.of(path)
     try:
-        return load_measurement(path).match(shapes), state
+        measured = load_measurement(path).match(shapes)
     except (SensitivityError, WeightFileError) as error:
         log.warning("%s", error)
         return None, None
+    if measured.is_unused:
+        log.info("%s", *measured.notes([], False))
+        return None, None
+    return measured, state
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:

@@ -2,7 +2,7 @@
 
 In memory are at most two dense slices of one weight and what packing a slice needs, unless a patch
 applies only to a whole weight; for types of ComfyUI's own that have one scale for a weight, its
-values and what packing them needs; and, with a calibration, all layers that it packed.
+values and what packing them needs.
 
 A small change of a quantized weight may be lost in rounding, since the weight's values lie on the
 steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part
@@ -25,15 +25,14 @@ from ...ops.quantize.row_source import RowSource
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.tensor.packed_layout import is_packed
-from ...ops.tensor.row_slicing import join_rows, take_rows
+from ...ops.tensor.row_slicing import take_rows
 from ..byte_sizes import size_text
 from ..container.weight_file import PLAIN_DTYPES, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..packing_rules import bits_per_value, bytes_in_file, divides_rows, with_fallback
-from .calibration.sequential import SequentialCalibration
-from .layer_losses import LAYERS, RESULT, WEIGHTS, layer_lines, loss_sentences
+from .layer_losses import RESULT, WEIGHTS, layer_lines, loss_sentences
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, errors_of_result, plain_type
 from .planning.plan import DIGITS, Plan
@@ -85,37 +84,28 @@ class Saved:
         return f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
 
 
-def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
-         calibration: SequentialCalibration | None = None) -> Saved:
+def save(plan: FilePlan,
+         track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names) -> Saved:
     """Writes a planned file, whole under its name or not at all.
 
     Args:
         plan: of the file.
         track: iterates over names and reports progress by their sizes; what it raises ends the
             work.
-        calibration: of the source's model. Its linear layers are packed first, each to make up for
-            the errors of those before it, and are all in memory, packed.
 
     Raises:
         SaveError: where a weight has NaN or infinite values, or cannot be packed.
         WriteError: where the file cannot be written.
         WeightFileError: where a file that weights are read from changes meanwhile.
     """
-    source, packer = plan.source, WeightPacker(plan, calibration)
-    packed: dict[str, tuple[str, list[torch.Tensor]]] = {}
-    if calibration is not None:
-        names = [name for name in calibration.order if plan.types[name] not in PLAIN_DTYPES]
-        for name in track(names, [source.weights[name].values for name in names]):
-            source.guard()
-            packed[name] = packer.pack_in_sequence(name)
-            source.drop_pages()
+    source, packer = plan.source, WeightPacker(plan)
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
     with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite,
                      plan.options.mode) as writer:
         sizes = [max(1, weight.values) for weight in source.weights.values()]
         for name in track(list(source.weights), sizes):
             source.guard()
-            type_name, pieces = packed.pop(name, None) or packer.pack(source.weights[name])
+            type_name, pieces = packer.pack(source.weights[name])
             writer.write(plan.names[name], type_name, pieces)
             source.drop_pages()
         source.guard()
@@ -155,17 +145,16 @@ class WeightPacker:
     for its own inputs.
     """
 
-    def __init__(self, plan: FilePlan, calibration: SequentialCalibration | None = None):
+    def __init__(self, plan: FilePlan):
         self.plan = plan
         self.source = plan.source
-        self.calibration = calibration
         self.must_survive = plan.must_survive
         self.allow_finer = plan.max_bytes is None and not plan.is_safetensors
         self.nbytes = plan.nbytes
         self.types: dict[str, str] = {}
         self.copied = 0
         measured = plan.options.sensitivity
-        self.loss_kind = LAYERS if calibration else measured.loss_kind if measured else WEIGHTS
+        self.loss_kind = measured.loss_kind if measured else WEIGHTS
         self._losses: dict[str, float] = {}
         self.notes: list[str] = []
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
@@ -206,16 +195,6 @@ class WeightPacker:
             self._losses[weight.name] = share if output is None else output
         self.types[weight.name] = type_name
         return type_name, packed.pieces
-
-    def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
-        """Packs the weight of a linear layer and passes it to the calibration of later layers."""
-        type_name, pieces = self.pack(self.source.weights[name])
-        weight = join_rows(pieces)
-        if self.calibration is not None and is_packed(weight):
-            bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
-            values = None if bias is None else bias.patched(0, bias.shape[0])
-            self.calibration.set_packed(name, weight, values)
-        return type_name, [weight]
 
     def losses(self) -> dict[str, float]:
         """Returns name -> what each packed weight loses, for `layer_losses`."""
@@ -291,27 +270,11 @@ class WeightPacker:
         padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
-    def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:
-        """Returns the moments to pack a weight by.
-
-        Those of the calibration make up for other layers' errors, which could undo a change that is
-        to arrive whole.
-        """
-        moments, sensitivity = None, self.plan.options.sensitivity
-        if (
-            type_name not in PLAIN_DTYPES
-            and self.calibration is not None
-            and weight.name not in self.must_survive
-        ):
-            moments = self.calibration.moments(weight.name)
-        if moments is None and sensitivity is not None:
-            moments = sensitivity.moments(weight.name)
-        return moments
-
     def _try_pack(self, weight: Weight, type_name: str, dither: bool = False) -> _Packed | None:
         """Packs a weight in a type, None where the type cannot hold its values."""
         packed = _Packed()
-        moments = self._moments(weight, type_name)
+        measured = self.plan.options.sensitivity
+        moments = None if measured is None else measured.moments(weight.name)
 
         def pack(values: torch.Tensor | RowSource) -> torch.Tensor | None:
             return self._pack_piece(values, weight, type_name, moments, dither)

@@ -354,8 +354,8 @@ def new_sensitivity_path(name: str) -> str:
     name = use_slashes(name).strip("/")
     if not os.path.basename(name):
         raise WeightFileError(f"{safe_repr(name)} is not a file name. Give one, such as %model%.")
-    prefix = os.path.join("sensitivity", name)
-    folder, file, counter = _output_folder(prefix, folder_paths.get_output_directory())
+    base = folder_paths.get_output_directory()
+    folder, file, counter = _output_folder(f"sensitivity/{name}", base)
     return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
 
 

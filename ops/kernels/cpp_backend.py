@@ -33,7 +33,6 @@ from ..formats.row_layout import RowFormat
 from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
-from ..quantize.row_columns import target_of
 from ..quantize.row_encoder import RowEncoder
 from .int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel, SourceError, block_length
@@ -410,10 +409,7 @@ class CpuKernels:
 
     def pack_row_columns(self, encoder, rows, encoded, span, damped):
         """See `Kernel.run`."""
-        if is_target := damped.change is not None:
-            values = target_of(encoder, rows, encoded, span, damped)
-        else:
-            values = rows[:, span]
+        values = rows[:, span]
         run = self._function("pack_row_columns", encoder.format, values.dtype, LANES=_max_lanes(),
                              **_code_definitions(encoder))
         if values.stride(1) != 1:
@@ -428,8 +424,7 @@ class CpuKernels:
         tried = encoder.shares()
         run(ctypes.byref(operands), *map(_address, (shares, steps, weights)),
             (c_float * len(tried))(*tried), c_int(len(tried)), c_int(values.shape[1]),
-            c_int(SWEEPS), c_int(is_target), c_longlong(len(values)),
-            c_int(_threads(values.numel())))
+            c_int(SWEEPS), c_longlong(len(values)), c_int(_threads(values.numel())))
 
 
 def _code_definitions(encoder: RowEncoder) -> dict:

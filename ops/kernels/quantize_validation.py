@@ -70,9 +70,8 @@ def _feedback_cases(packed_format: Format) -> list[dict[str, Any]]:
     layout = _row_format(packed_format).layout
     unit = layout.rotation or (37 if layout.scale.kind == "f32" else 2 * layout.group)
     columns = BLOCK + unit  # one block of moments, and a part of one
-    return [{"rows": rows, "columns": columns, "block": block, "is_pair": is_pair}
-            for rows, block, is_pair in
-            ((1, None, False), (37, BLOCK, True), (SEVERAL_THREADS // BLOCK, BLOCK, False))]
+    return [{"rows": rows, "columns": columns, "block": block}
+            for rows, block in ((1, None), (37, BLOCK), (SEVERAL_THREADS // BLOCK, BLOCK))]
 
 
 CASES: dict[str, Callable[[Format], list]] = {
@@ -187,19 +186,17 @@ def check_rows(run: Callable[..., None], packed_format: Format, dtype: torch.dty
 
 
 def check_row_columns(run: Callable[..., None], packed_format: Format, dtype: torch.dtype,
-                      device: torch.device, rows: int, columns: int, block: int | None,
-                      is_pair: bool):
+                      device: torch.device, rows: int, columns: int, block: int | None):
     """Checks "pack_row_columns" in one case; see `validation.check`. block: columns of a block of
-    moments, None for all. is_pair: whether the moments are of a pair."""
+    moments, None for all."""
     generator = torch.Generator().manual_seed(rows)
     values = _random_values(rows, columns, -6, generator).to(device, dtype)
     encoder = _encoder(_row_format(packed_format), columns, (1, 0.875, 0.75, 1.25), values,
                        True)
     tokens = torch.randn((TOKENS, columns), generator=generator, dtype=torch.float32)
     tokens += tokens[:, :1]  # so that columns correlate
-    moments = SecondMoments.zeros(columns, block, device, is_pair)
-    dense = tokens + 0.1 * torch.randn(tokens.shape, generator=generator, dtype=torch.float32)
-    moments.add(tokens.to(device), dense.to(device) if is_pair else None, hold_out=False)
+    moments = SecondMoments.zeros(columns, block, device)
+    moments.add(tokens.to(device), hold_out=False)
     moments = in_basis(moments, encoder)
     losses = []
     for choose in (run, choose_codes):
@@ -211,7 +208,7 @@ def check_row_columns(run: Callable[..., None], packed_format: Format, dtype: to
             _run_inside(encoded, lambda inside, span=span, damped=damped: choose(
                 encoder, values, inside, span, damped))
             inside = encoded.rows(slice(rows))
-            target = target_of(encoder, values, inside, span, damped)
+            target = target_of(encoder, values, inside, span)
             chosen = encoder.basis(_values_of(encoder, inside)[:, span])
             if inside.row_scale is not None:
                 chosen = chosen / inside.row_scale

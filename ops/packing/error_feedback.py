@@ -38,8 +38,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
     Args:
         weight: (N, ...) of any float dtype, on the device where the work is done.
         packed_format: A format with a grid.
-        moments: Of the inputs, which match the weight's other dimensions, flattened to (K,). For a
-            pair, the values of `DampedHessian.target` are packed.
+        moments: Of the inputs, which match the weight's other dimensions, flattened to (K,).
 
     Returns:
         The packed weight, which shows as float32.
@@ -64,7 +63,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
         choose = functools.partial(choose_columns, search)
     else:
         choose = functools.partial(kernel, packed_format)
-    damping = damping_for(packed_format, moments)
+    damping = damping_for(packed_format)
     blocks = columns // grid.length
     data = torch.empty(rows, blocks, packed_format.block_bytes, dtype=torch.uint8,
                        device=weight.device)
@@ -114,7 +113,7 @@ class _Feedback:
         if self.search.grid.scale_dtype == torch.float32:
             factor, unscale = powers_of_two(values.abs().amax(1, keepdim=True))
             values = values * factor
-        target = self.damped.target(values).T.contiguous()
+        target = values.T.contiguous()
         if not target.isfinite().all():
             raise FormatError("The weight holds NaN or infinite values.")
         chosen = Columns.like(self.search.grid, target)

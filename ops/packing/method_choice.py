@@ -31,8 +31,7 @@ def output_errors(weight: torch.Tensor | RowSource, candidates: list[PackedTenso
     """Returns each candidate's squared error of the layer's output over the output's square.
 
     It is measured for the tokens held out, or, if there are none, by the moments, damped as for
-    packing. For a pair, the output is that of the dense model's layer, and the candidates get the
-    inputs of the packed one; by the moments, the part that no weight can correct does not count.
+    packing.
 
     Args:
         weight: (N, ...) of any float dtype, or a source of its rows.
@@ -72,11 +71,9 @@ def _row_slices(source: RowSource, candidates: list[PackedTensor],
 def _errors_by_sketch(source: RowSource, candidates: list[PackedTensor],
                       moments: SecondMoments, most_rows: int | None) -> list[float]:
     sketch = moments.sketch.to(source.device)
-    dense_sketch = moments.dense_sketch
-    dense_sketch = sketch if dense_sketch is None else dense_sketch.to(source.device)
     sums = torch.zeros(1 + len(candidates), dtype=torch.float64)
     for values, *packed in _row_slices(source, candidates, most_rows):
-        expected = values @ dense_sketch.T
+        expected = values @ sketch.T
         sums += torch.tensor([
             float(part.square().sum())
             for part in (expected, *(expected - value @ sketch.T for value in packed))
@@ -90,7 +87,7 @@ def _errors_by_moments(source: RowSource, candidates: list[PackedTensor],
     for index, span in enumerate(moments.spans()):
         damped = DampedHessian(moments, index, source.device)
         for values, *packed in _row_slices(source, candidates, most_rows):
-            expected = damped.target(values[:, span])
+            expected = values[:, span]
             sums += torch.tensor([
                 float(((part @ damped.moments) * part).sum())
                 for part in (expected, *(expected - value[:, span] for value in packed))

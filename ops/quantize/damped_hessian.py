@@ -19,13 +19,8 @@ SLICE_BYTES = 160 << 20
 CPU_ROWS = 2048
 
 
-def damping_for(packed_format: Format, moments: SecondMoments) -> tuple[float, float]:
-    """Returns the best damping for a format.
-
-    For a pair it is the same for every format, as it also keeps the target near the weight.
-    """
-    if moments.cross is not None:
-        return DAMPING
+def damping_for(packed_format: Format) -> tuple[float, float]:
+    """Returns the best damping for a format."""
     return DAMPING_BY_FORMAT.get(packed_format.name, DAMPING)
 
 
@@ -41,7 +36,6 @@ class DampedHessian:
     Attributes:
         moments: float32 (k, k); the mean of its diagonal was 1 before damping.
         triangle: float32 (k, k), the upper triangular U with U.T @ U = moments^-1.
-        change: float32 (k, k) for a pair: `target` adds values @ change; else None.
 
     Raises:
         FormatError: The moments are not finite.
@@ -51,30 +45,20 @@ class DampedHessian:
                  damping: tuple[float, float] = DAMPING):
         span = moments.spans()[index]
         width = span.stop - span.start
-
-        def block_of(blocks: torch.Tensor) -> torch.Tensor:
-            block = blocks[index, :width, :width].to(device, copy=True)
-            if not block.isfinite().all():
-                raise FormatError("The moments of the layer's inputs hold NaN or infinite values;"
-                                  " measure them again.")
-            return block
-
-        block = block_of(moments.blocks)
+        block = moments.blocks[index, :width, :width].to(device, copy=True)
+        if not block.isfinite().all():
+            raise FormatError("The moments of the layer's inputs hold NaN or infinite values;"
+                              " measure them again.")
         mean = block.diagonal().mean()
         if mean > 0:
             block /= mean
         else:
             block.zero_()  # all inputs were zero, so all columns count alike
-        change = None
-        if moments.cross is not None:
-            cross = block_of(moments.cross)
-            change = cross.div_(mean).sub_(block) if mean > 0 else torch.zeros_like(block)
         always, for_few_tokens = damping
         added = always + for_few_tokens * min(1, width / max(1, moments.count)) if mean > 0 else 1
         block.diagonal().add_(added)
         self.moments = block
         self.triangle = _triangle(block)
-        self.change = None if change is None else change @ self.triangle.T @ self.triangle
 
     @functools.cached_property
     def shares(self) -> torch.Tensor:
@@ -90,18 +74,6 @@ class DampedHessian:
     def steps(self) -> torch.Tensor:
         """Row i, column j: the best change of column j for an error of column i, (k, k)."""
         return self.moments / -self.moments.diagonal()
-
-    def target(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the values to pack for some columns of a weight; only for a pair others than it.
-
-        With H = sum of a' a'.T and C = sum of a a'.T over the tokens, where a are the inputs of the
-        dense model's layer and a' those of this one, and with the damping c, the target of a weight
-        W is W + W (C - H) (H + cI)^-1. It minimises the sum of |W a - V a'|^2 + c |V - W|^2 over V.
-
-        Args:
-            values: float32 (n, k).
-        """
-        return values if self.change is None else torch.addmm(values, values, self.change)
 
 
 def slice_rows(rows: int, columns: int, device: torch.device) -> Iterator[slice]:

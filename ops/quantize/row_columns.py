@@ -32,15 +32,12 @@ def in_basis(moments: SecondMoments, encoder: RowEncoder) -> SecondMoments:
     def rotated(blocks: torch.Tensor) -> torch.Tensor:
         return encoder.basis(encoder.basis(blocks.float()).mT.contiguous()).mT
 
-    cross, dense = moments.cross, moments.dense_sketch
     return SecondMoments(moments.columns, rotated(moments.blocks), encoder.basis(moments.sketch),
-                         None if cross is None else rotated(cross),
-                         None if dense is None else encoder.basis(dense), moments.count,
-                         moments.held_out_count)
+                         moments.count, moments.held_out_count)
 
 
-def target_of(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, span: slice,
-              damped: DampedHessian) -> torch.Tensor:
+def target_of(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows,
+              span: slice) -> torch.Tensor:
     """Returns the values that codes are to represent times their units, float32 (n, k).
 
     The arguments are those of `choose_codes`.
@@ -48,7 +45,7 @@ def target_of(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, spa
     values = encoder.basis(rows[:, span].float())
     if encoded.row_scale is not None:
         values = values * (1 / encoded.row_scale)
-    return damped.target(values)
+    return values
 
 
 def choose_codes(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, span: slice,
@@ -66,7 +63,7 @@ def choose_codes(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, 
         span: the k columns, whole groups and rotations.
         damped: of the moments of their inputs in the basis of the codes.
     """
-    target = target_of(encoder, rows, encoded, span, damped).T.contiguous()
+    target = target_of(encoder, rows, encoded, span).T.contiguous()
     levels, groups = torch.empty_like(target), groups_of(encoder, span)
     units = encoder.units(encoded)[:, groups].T.contiguous()
     group = len(target) // len(units)

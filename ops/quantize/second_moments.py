@@ -34,34 +34,26 @@ class SecondMoments:
     of errors, the expectation of |D sketch.T|^2 is the sum of |D a|^2 over the tokens, also across
     blocks.
 
-    A pair has the inputs of a model whose earlier layers are packed and also the inputs of the same
-    layer in the dense model; `cross` is dense.T @ inputs, in the same blocks.
-
     Attributes:
         columns: K.
         blocks: float32 (B, k, k); the last block may be padded with zeros.
         sketch: float32 (64, K), or (16, K) from a file.
-        cross: float32 (B, k, k) for a pair, else None.
-        dense_sketch: float32 in the shape of `sketch` for a pair, else None.
         count: Tokens in the moments.
         held_out_count: Tokens in the sketch.
     """
 
-    def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor,
-                 cross: torch.Tensor | None = None, dense_sketch: torch.Tensor | None = None,
-                 count: int = 0, held_out_count: int = 0, calls: int = 0):
+    def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor, count: int = 0,
+                 held_out_count: int = 0, calls: int = 0):
         self.columns = columns
         self.blocks = blocks
         self.sketch = sketch
-        self.cross = cross
-        self.dense_sketch = dense_sketch
         self.count = count
         self.held_out_count = held_out_count
         self._calls = calls
 
     @classmethod
-    def zeros(cls, columns: int, block: int | None = None, device: torch.device | str = "cpu",
-              pair: bool = False) -> "SecondMoments":
+    def zeros(cls, columns: int, block: int | None = None,
+              device: torch.device | str = "cpu") -> "SecondMoments":
         """Returns the moments of no tokens.
 
         Args:
@@ -69,7 +61,6 @@ class SecondMoments:
             block: Columns of a block, a multiple of 256; None: all, which takes columns**2 * 4
                 bytes.
             device: Of the inputs.
-            pair: Whether `add` will also get the inputs of a dense model.
 
         Raises:
             ValueError: `block` is not a multiple of 256.
@@ -80,8 +71,6 @@ class SecondMoments:
                 f"Blocks of moments need a multiple of {BLOCK} columns, not {block}.")
         blocks = torch.zeros(-(-columns // size), size, size, dtype=torch.float32, device=device)
         sketch = torch.zeros(SKETCH_ROWS, columns, dtype=torch.float32, device=device)
-        if pair:
-            return cls(columns, blocks, sketch, torch.zeros_like(blocks), torch.zeros_like(sketch))
         return cls(columns, blocks, sketch)
 
     @property
@@ -106,63 +95,48 @@ class SecondMoments:
         return self.diagonal / max(1, self.count)
 
     @torch.no_grad()
-    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None,
-            hold_out: bool | None = None):
+    def add(self, inputs: torch.Tensor, hold_out: bool | None = None):
         """Adds the tokens of one call of the layer.
 
         Args:
             inputs: (..., K) of any float dtype.
-            dense: For a pair, the inputs of the dense model's layer, in the same shape.
             hold_out: Whether to hold these tokens out; None: for about every fourth call, never the
                 first.
 
         Raises:
-            ValueError: The inputs have another number of columns, or `dense` is given for moments
-                that are not a pair, or missing for a pair.
+            ValueError: The inputs have another number of columns.
         """
-        if inputs.shape[-1] != self.columns or (dense is None) != (self.cross is None):
-            of_pair = "" if self.cross is None else " of a pair"
+        if inputs.shape[-1] != self.columns:
             raise ValueError(
                 f"Inputs of shape {tuple(inputs.shape)} do not go with moments of {self.columns}"
-                f" columns{of_pair}.")
+                " columns.")
         if hold_out is None:
             hold_out = (0.5 + self._calls * STEP) % 1 < HELD_OUT
         self._calls += 1
         slice_tokens = max(SKETCH_ROWS, SLICE_VALUES // self.columns)
         flat = inputs.reshape(-1, self.columns)
-        flat_dense = None if dense is None else dense.reshape(-1, self.columns)
         for start in range(0, len(flat), slice_tokens):
             tokens = flat[start:start + slice_tokens].to(self.blocks)
-            dense_tokens = None
-            if flat_dense is not None:
-                dense_tokens = flat_dense[start:start + slice_tokens].to(self.blocks)
             if hold_out:
-                self._add_to_sketch(tokens, dense_tokens)
+                self._add_to_sketch(tokens)
                 self.held_out_count += len(tokens)
             else:
-                self._add_to_blocks(tokens, dense_tokens)
+                parts = self._split_columns(tokens)
+                self.blocks.baddbmm_(parts.mT, parts)
                 self.count += len(tokens)
-
-    def _add_to_blocks(self, tokens: torch.Tensor, dense: torch.Tensor | None):
-        parts = self._split_columns(tokens)
-        self.blocks.baddbmm_(parts.mT, parts)
-        if dense is not None and self.cross is not None:
-            self.cross.baddbmm_(self._split_columns(dense).mT, parts)
 
     def _split_columns(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns (tokens, K) as (B, tokens, k)."""
         padded = torch.nn.functional.pad(tokens, (0, len(self.blocks) * self.block - self.columns))
         return padded.unflatten(-1, (-1, self.block)).transpose(0, 1)
 
-    def _add_to_sketch(self, tokens: torch.Tensor, dense: torch.Tensor | None):
+    def _add_to_sketch(self, tokens: torch.Tensor):
         signs = self._random_signs(len(tokens)).unsqueeze(-1)
         rows = len(self.sketch)
         start, row = 0, self.held_out_count % rows  # continues, so that short calls fill all rows
         while start < len(tokens):
             stop = min(len(tokens), start + rows - row)
-            for sketch, part in ((self.sketch, tokens), (self.dense_sketch, dense)):
-                if sketch is not None and part is not None:
-                    sketch[row:row + stop - start].addcmul_(part[start:stop], signs[start:stop])
+            self.sketch[row:row + stop - start].addcmul_(tokens[start:stop], signs[start:stop])
             start, row = stop, 0
 
     def _random_signs(self, count: int) -> torch.Tensor:
@@ -174,10 +148,9 @@ class SecondMoments:
         """Adds other moments of the same layer.
 
         Raises:
-            ValueError: They have other columns or blocks, or only one of the two is a pair.
+            ValueError: They have other columns or blocks.
         """
-        if (self.blocks.shape != other.blocks.shape or self.sketch.shape != other.sketch.shape
-                or (self.cross is None) != (other.cross is None)):
+        if self.blocks.shape != other.blocks.shape or self.sketch.shape != other.sketch.shape:
             raise ValueError(
                 f"Moments of {other.columns} columns in blocks of {other.block} cannot be added to"
                 f" moments of {self.columns} columns in blocks of {self.block}.")
@@ -186,10 +159,6 @@ class SecondMoments:
         signs = self._random_signs(len(self.sketch)).unsqueeze(-1)
         self.blocks += other.blocks.to(self.blocks.device)
         self.sketch += other.sketch.to(self.sketch.device) * signs
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross.to(self.cross.device)
-        if self.dense_sketch is not None and other.dense_sketch is not None:
-            self.dense_sketch += other.dense_sketch.to(self.sketch.device) * signs
         self.count += other.count
         self.held_out_count += other.held_out_count
 
@@ -212,10 +181,8 @@ class SecondMoments:
         | widths | float32 (K,)              | those steps                                         |
 
         Raises:
-            ValueError: The moments are of a pair, or not finite.
+            ValueError: The moments are not finite.
         """
-        if self.cross is not None:
-            raise ValueError("Moments of a pair belong to one packed model and are not saved.")
         blocks, sketch = self.blocks.cpu(), self.sketch.cpu()
         if not blocks.isfinite().all():
             raise ValueError("The moments of the layer's inputs hold NaN or infinite values.")
@@ -272,7 +239,7 @@ class SecondMoments:
             rows.diagonal().copy_((1 - length).clamp(min=0).sqrt())
             rows *= scale.unsqueeze(-1)
             torch.mm(rows, rows.T, out=block)
-        return cls(columns, blocks, sketch * widths, None, None, count, held_out_count, calls)
+        return cls(columns, blocks, sketch * widths, count, held_out_count, calls)
 
 
 def _factor(correlations: torch.Tensor) -> torch.Tensor:

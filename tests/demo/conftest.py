@@ -4,10 +4,11 @@ import functools
 from devtools.measure import packing_quality
 
 import pytest
+from imatrices import write_imatrix
 from user_kernels import kernels_of_this_machine
 
 from devtools.files import demo_files
-from featherweight.loaders.packing.calibration.imatrix import load_measurement, write_imatrix
+from featherweight.loaders.packing.calibration.imatrix import load_measurement
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,9 @@ def measured(maker, monkeypatch):
         monkeypatch.setattr(packing_quality, "CALIBRATION", captions)
         monkeypatch.setattr(packing_quality, "TOGETHER", min(16, captions))
         found = maker.sensitivity("fast" if kind in ("fast", "imatrix") else kind)
-        path = maker.folder / ("made.imatrix.gguf" if kind == "imatrix" else "made.sensitivity")
+        path = maker.folder / ("made.dat" if kind == "imatrix" else "made.sensitivity")
         if kind == "imatrix":
-            write_imatrix(found, path)
+            write_imatrix(path, {name: found.moments(name).importance for name in found.shapes})
         else:
             found.save(path)
         return load_measurement(str(path))

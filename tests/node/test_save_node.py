@@ -7,6 +7,7 @@ import comfy.cli_args
 import comfy.sd
 import folder_paths
 import pytest
+import torch
 from checkpoint_parts import stable_diffusion
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
 from prompt_errors import prompt_errors
@@ -21,6 +22,7 @@ from featherweight.loaders.packing.planning import file_plan
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes import save_packed_model
+from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.save_packed_model import (
     KEEP_SIZE,
     MIX,
@@ -190,6 +192,24 @@ def test_a_measurement_comes_from_the_socket_else_from_the_list(output, monkeypa
     saved(model, sensitivity="connected", measurement="listed")
     saved(model, sensitivity="typed")  # as prompts of earlier versions have it
     assert named == ["listed", "connected", "typed"]
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_prompts_of_earlier_workflows_change_no_byte_and_it_is_said(output, is_measured):
+    model, given = packed_flux("Q8_0"), {}
+    if is_measured:
+        given["sensitivity"] = MeasureSensitivity.execute(
+            [model], [2], [4], [1.0], [0], ["fast"], ["m"]).result[0]
+    prompts = [[torch.zeros(1, 4, 256), {}]]
+    (plain, before), (prompted, after) = (
+        saved(model, "Q3_K", overwrite=True, filename_prefix=f"{name}/a", **given, **more)
+        for name, more in (("x", {}), ("y", {"positive": prompts, "latent": {}})))
+    assert plain.read_bytes() == prompted.read_bytes()
+    said = "The prompts at positive are not used any more: the model is packed "
+    assert said not in before and said + (
+        "by the measurement alone." if is_measured else "unmeasured; connect them to Measure"
+        " Sensitivity (Featherweight), and that to measurement.") in after
+
 
 
 def test_the_words_of_earlier_versions_mean_what_they_meant(output, monkeypatch):

@@ -1,6 +1,4 @@
 """A model saved in one call."""
-from collections.abc import Callable
-
 import torch
 
 from featherweight.loaders.files.open_weights import open_weights
@@ -18,14 +16,10 @@ SIBLINGS = (
 )
 
 
-def save(source, path, wanted, calibrate: Callable | None = None, track=None,
-         **options) -> packing.Saved:
-    """Plan a file and write it. calibrate: makes the calibration once it is planned. options: of
-    `SaveOptions`."""
+def save(source, path, wanted, track=None, **options) -> packing.Saved:
+    """Plan a file and write it. options: of `SaveOptions`."""
     plan = plan_file(source, path, wanted, SaveOptions(**options))
-    calibration = None if calibrate is None else calibrate()
-    return packing.save(plan, calibration=calibration,
-                        **({} if track is None else {"track": track}))
+    return packing.save(plan, **({} if track is None else {"track": track}))
 
 
 def with_markers(source, encoder, weights):

@@ -1,7 +1,7 @@
 """Imatrix files of llama.cpp and stable-diffusion.cpp: the mean square of each input of a layer.
 
-They are read wherever a sensitivity file is, and written for those tools. Unlike a sensitivity file
-an imatrix holds no products of two inputs and no costs of layers.
+They are read wherever a measurement is. Unlike a measurement an imatrix holds no products of two
+inputs and no costs of layers.
 
 GGUF (llama.cpp since 2025, `general.type` is "imatrix"), for each weight W two F32 tensors:
 
@@ -35,12 +35,9 @@ import torch
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
 from ...byte_sizes import size_text
 from ...container.weight_file import MappedFile, map_file, safe_repr
-from ...files.atomic_file import atomic_writer
 from ...files.gguf_header import MAGIC, Header
-from ...files.gguf_writer import gguf_writer
 from ...name_lists import join_some
 from ..layer_losses import IMATRIX
-from ..planning.file_plan import written_name
 from .sensitivity import Sensitivity, SensitivityError
 
 SUFFIXES = (".gguf", ".dat")
@@ -52,11 +49,6 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "m
 # Limits that no model reaches: Flux.1 has 504 matrices with inputs of 6 MB together.
 MAX_BYTES, MAX_ENTRIES, MAX_NAME_BYTES = 256 << 20, 1 << 15, 1 << 10
 TOKENS = 1 << 16  # that the moments of an imatrix count as, since `.dat` does not hold their number
-DATASET = "images generated with the model"
-DAT_PREFIX = "model.diffusion_model."
-
-# Of each weight: the sums of squares of its columns, float32 (K,), and the tokens they are of.
-Measured = dict[str, tuple[torch.Tensor, int]]
 
 
 @dataclass
@@ -330,62 +322,3 @@ def _find_matrix(name: str, matrices: list[str]) -> str | None:
         if len(matches) == 1:
             return matches[0]
     return None
-
-
-def write_imatrix(sensitivity: Sensitivity, *paths: str | os.PathLike):
-    """Writes the importance of columns as imatrices, whose forms the suffixes of their files say.
-
-    `.gguf` is for llama.cpp and its relatives, with the names of the GGUF files that are saved
-    here. `.dat` is for stable-diffusion.cpp, which puts DAT_PREFIX before them.
-
-    Args:
-        sensitivity: a measurement, whose `about` tells what was run.
-        paths: of the files, which are replaced if they exist.
-
-    Raises:
-        WriteError: where one cannot be written.
-    """
-    measured: Measured = {}
-    for name in sensitivity.shapes:
-        moments = sensitivity.moments(name)
-        if moments is not None:
-            measured[written_name(name)] = moments.diagonal.cpu(), max(1, moments.count)
-    about = sensitivity.about
-    chunks = max(1, about.get("samples", 1) * about.get("steps", 1))
-    for path in paths:
-        write = _write_dat if str(path).lower().endswith(".dat") else _write_gguf
-        write(measured, chunks, path)
-
-
-def _write_gguf(measured: Measured, chunks: int, path: str | os.PathLike):
-    """Writes the GGUF form. chunks: runs of the model that the sums are of."""
-    tensors = {}
-    for weight, (sums, _) in measured.items():
-        tensors[f"{weight}{SUMS}"] = ((1, len(sums)), "F32")
-        tensors[f"{weight}{COUNTS}"] = ((1, 1), "F32")
-    tokens = max((count for _, count in measured.values()), default=1)
-    metadata = {
-        "general.type": "imatrix", "imatrix.datasets": [DATASET], "imatrix.chunk_count": chunks,
-        "imatrix.chunk_size": max(1, tokens // chunks)
-    }
-    with gguf_writer(path, tensors, metadata, overwrite=True) as writer:
-        for weight, (sums, count) in measured.items():
-            writer.write(f"{weight}{SUMS}", "F32", [sums])
-            writer.write(f"{weight}{COUNTS}", "F32", [torch.tensor([count], dtype=torch.float32)])
-
-
-def _write_dat(measured: Measured, chunks: int, path: str | os.PathLike):
-    """Writes the `.dat` form. chunks: runs of the model that the sums are of."""
-
-    def text(value: str) -> bytes:
-        data = value.encode()
-        return struct.pack("<i", len(data)) + data
-
-    parts = [struct.pack("<i", len(measured))]
-    for weight, (sums, count) in measured.items():
-        values = (sums / count * chunks).numpy().astype("<f4")
-        parts += [text(f"{DAT_PREFIX}{weight}"), struct.pack("<ii", chunks, len(values)),
-                  values.tobytes()]
-    data = b"".join([*parts, struct.pack("<i", chunks), text(DATASET)])
-    with atomic_writer(path, len(data), overwrite=True) as file:
-        file.write(data)

@@ -21,7 +21,7 @@ from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
-from .sensitivity import FAST, Sensitivity
+from .sensitivity import FAST, UNUSED, Sensitivity
 
 # How costs are measured -> (steps that run again for each layer, whether they do for each type).
 THOROUGHNESS = {
@@ -82,6 +82,9 @@ def measurement_of(patcher, collector: Collector, progress: Progress, about: dic
                    runs: "Costs | None" = None) -> Sensitivity:
     """Returns the measurement of a model from the moments of its layers' inputs.
 
+    It is marked as unused where packing by it makes the layers' errors no smaller, in the mean over
+    those with tokens held out.
+
     Args:
         patcher: the host's ModelPatcher.
         collector: of the moments.
@@ -90,15 +93,20 @@ def measurement_of(patcher, collector: Collector, progress: Progress, about: dic
         runs: of the model, for the costs of layers; None: their own errors are the costs.
     """
     layers, costs = collector.layers, {}
+    by_it = without = 0.0
     for name, layer in progress.track(list(layers.items())):
         moments = collector.moments_of(name)
         if moments is not None and types_for(tuple(layer.weight.shape)):
             stop_where_cancelled()
             weight = dense_weight(layer, patcher.load_device)
+            errors = errors_of_layer(weight, moments)
+            if moments.held_out_count:
+                by_it, without = by_it + errors[0], without + errors[1]
             costs[name] = (runs.measure_layer(layer, weight, moments) if runs
-                           else estimate_costs(weight, moments))
+                           else estimate_costs(weight, moments, errors[0]))
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
-    about = {"model": type(patcher.model).__name__, "columns_of_a_block": collector.block} | about
+    about = {"model": type(patcher.model).__name__, "columns_of_a_block": collector.block,
+             UNUSED: by_it >= without} | about
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
 
 
@@ -230,8 +238,28 @@ class Costs:
         return scale_costs(measured, weight_errors(weight, moments.importance))
 
 
-def estimate_costs(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
-    """Returns type -> cost without runs of the model: a layer's own error, with error feedback."""
-    rows, measured = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
-    error = output_errors(rows, [quantize_layer(rows, measured, moments)], moments)[0]
-    return scale_costs({measured: error}, weight_errors(weight, moments.importance))
+def errors_of_layer(weight: torch.Tensor, moments: SecondMoments) -> list[float]:
+    """Returns the power of the error of a layer's output over the output's, in `run_type`.
+
+    Args:
+        weight: float32 (N, K), of which some rows tell it.
+        moments: of the layer's inputs.
+
+    Returns:
+        Packed by the moments, and without them.
+    """
+    rows, type_name = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
+    packed = [quantize_layer(rows, type_name, moments), pack_tensor(rows, FORMATS[type_name])]
+    return output_errors(rows, packed, moments)
+
+
+def estimate_costs(weight: torch.Tensor, moments: SecondMoments, error: float) -> dict[str, float]:
+    """Returns type -> cost without runs of the model: a layer's own error, with error feedback.
+
+    Args:
+        weight: float32 (N, K).
+        moments: of the layer's inputs.
+        error: in `run_type`, of `errors_of_layer`.
+    """
+    measured = {run_type(types_for(tuple(weight.shape))): error}
+    return scale_costs(measured, weight_errors(weight, moments.importance))

@@ -122,7 +122,11 @@ class Collector:
     def next_step(self, number: int):
         """Starts a step of a picture. The tokens of about every fourth are held out, never step 0.
         """
-        self.hold_out = (0.5 + number * STEP) % 1 < HELD_OUT
+        self.next_call((0.5 + number * STEP) % 1 < HELD_OUT)
+
+    def next_call(self, hold_out: bool):
+        """Starts a call of the model, whose tokens are held out or not."""
+        self.hold_out = hold_out
         self._latest.clear()
 
     @torch.no_grad()

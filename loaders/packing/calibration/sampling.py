@@ -26,9 +26,9 @@ def stop_where_cancelled():
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def load(patcher, free: int = 0):
-    """Has the host load a patched model to its device, where `free` bytes are to stay free."""
-    comfy.model_management.load_models_gpu([patcher], memory_required=free)
+def load(patcher):
+    """Has the host load a patched model to its device."""
+    comfy.model_management.load_models_gpu([patcher])
 
 
 def free_memory(device: torch.device) -> float:

@@ -21,11 +21,14 @@ from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
 from ...container.weight_file import FileState, first_line
 from ...files.atomic_file import atomic_writer
-from ..layer_losses import LAYERS, RESULT, percent
+from ..layer_losses import LAYERS, RESULT, WEIGHTS, percent
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
 FAST = "fast"  # the effort without runs of the model, whose costs are those of a layer's output
+UNUSED = "unused"  # key of `about`: whether packing by the measurement was no better than without
+NOT_BETTER = ("On the calls that were kept for a comparison it packs no better than no measurement"
+              " does. Measure with more images.")
 # Types that reports show, smallest first.
 SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 
@@ -55,9 +58,16 @@ class Sensitivity:
     @property
     def loss_kind(self) -> str:
         """What its losses are a share of, as in `layer_losses`."""
+        if self.is_unused:
+            return WEIGHTS
         # "no runs" is what earlier versions called FAST
         is_fast = self.about.get("thoroughness") in (FAST, "no runs")
         return RESULT if self.costs and not is_fast else LAYERS
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing is packed by it; then a file is read without its costs and moments."""
+        return bool(self.about.get(UNUSED))
 
     def moments(self, name: str) -> SecondMoments | None:
         """Reads the moments of a matrix's inputs, on the CPU; None where none were collected."""
@@ -94,16 +104,20 @@ class Sensitivity:
         )
 
     def notes(self, packed: list[str], is_for_size: bool) -> list[str]:
-        """Returns sentences on what it lacks for a file: none, as it has all that was measured.
+        """Returns a sentence where it is not used.
 
         Args:
             packed: names of the matrices that are packed.
             is_for_size: whether types are chosen for a size.
         """
-        return []
+        return [f"{self.file} is not used. {NOT_BETTER}"] if self.is_unused else []
 
-    def save(self, path: str | os.PathLike):
+    def save(self, path: str | os.PathLike, overwrite: bool = True):
         """Writes the file, whole under its name or not at all.
+
+        Args:
+            path: of the file.
+            overwrite: whether it replaces one of that name.
 
         Raises:
             WriteError: where it cannot be written.
@@ -129,7 +143,7 @@ class Sensitivity:
         data, path = safetensors.torch.save(tensors, {KEY: json.dumps(about)}), Path(path)
         with contextlib.suppress(OSError):  # `atomic_writer` says what is wrong
             path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path, len(data), overwrite=True) as file:
+        with atomic_writer(path, len(data), overwrite) as file:
             file.write(data)
 
     @classmethod
@@ -152,6 +166,9 @@ class Sensitivity:
             costs = {name: {type_name: float(cost) for type_name, cost in of_types.items()}
                      for name, of_types in about["costs"].items()}
             result = cls(costs, shapes, dict(about["about"]), file)
+        if result.is_unused:
+            result.costs = {}
+            return result
 
         def moments(name: str) -> SecondMoments | None:
             owner = same_as.get(name, name)
@@ -210,6 +227,7 @@ def _unreadable(file: str, error: Exception) -> SensitivityError:
 def report(sensitivity: Sensitivity) -> str:
     """Returns what packing one layer costs, by type, for the 12 layers that matter most."""
     lines = [
+        *_unused_lines(sensitivity),
         f"{len(sensitivity.costs)} layers; error of the output in % with one layer packed, the"
         " worst first:"
     ]
@@ -223,7 +241,7 @@ def report(sensitivity: Sensitivity) -> str:
 
 def summary(sensitivity: Sensitivity) -> str:
     """Returns the report in lines short enough for a node: for the smallest type measured."""
-    lines = [f"{len(sensitivity.costs)} layers measured"]
+    lines = [f"{len(sensitivity.costs)} layers measured", *_unused_lines(sensitivity)]
     measured = {type_name for costs in sensitivity.costs.values() for type_name in costs}
     smallest = next((type_name for type_name in SHOWN if type_name in measured), None)
     if smallest is not None:
@@ -234,6 +252,10 @@ def summary(sensitivity: Sensitivity) -> str:
             for name, costs in _ranked(sensitivity)[:7] if smallest in costs
         ]
     return "\n".join(lines)
+
+
+def _unused_lines(sensitivity: Sensitivity) -> list[str]:
+    return [f"It is saved and will not be used. {NOT_BETTER}"] if sensitivity.is_unused else []
 
 
 def _ranked(sensitivity: Sensitivity) -> list[tuple[str, dict[str, float]]]:

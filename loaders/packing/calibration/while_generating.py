@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ....ops.log import PREFIX
-from ....ops.quantize.second_moments import STEP
+from ....ops.quantize.second_moments import HELD_OUT, STEP
 from ...comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ...container.weight_file import first_line
 from ...progress import Progress
@@ -26,8 +26,9 @@ class WhileGenerating:
     """Collects moments in a sampler's own calls of a model.
 
     They lie in main memory; a layer's are on its device only while it adds to them. The measurement
-    is saved after 1, 2, 4, 8 ... images, each time of all of them. An error ends it and is logged;
-    the image is generated all the same.
+    is saved after 1, 2, 4, 8 ... images, each time of all of them. Of the calls between two times
+    the last quarter is held out: other steps of the first image, later other images. An error ends
+    it and is logged; the image is generated all the same.
 
     Args:
         save: writes a measurement.
@@ -37,7 +38,9 @@ class WhileGenerating:
         self.save = save
         self.images = 0
         self._calls = self._measured = 0  # of the model
-        self._next_save = 1  # image
+        self._last_save, self._next_save = 0, 1  # images
+        self._sampling: tuple[torch.Tensor, int] | None = None  # noise levels and images
+        self._holds_out = False
         self._is_stopped = False
         self._collector: Collector | None = None
 
@@ -49,22 +52,22 @@ class WhileGenerating:
         """
         reject_foreign_weights(patcher.model)
         clone = patcher.clone()
-        clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self._sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._call)
         return clone
 
-    def _sample(self, sample, noise, *args, **kwargs):
+    def _sample(self, sample, noise, latent_image, sampler, sigmas, *args, **kwargs):
         patcher = sample.class_obj.model_patcher
         collector = self._collector_for(patcher)
         if collector is None:
-            return sample(noise, *args, **kwargs)
+            return sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        images = 1 if noise.is_nested else len(noise)
+        self._sampling = sigmas[:-1], images
         with collector:
-            result = sample(noise, *args, **kwargs)
-        self.images += 1 if noise.is_nested else len(noise)
+            result = sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        self.images += images
         if self.images >= self._next_save and not self._is_stopped:
-            self._next_save = 1 << self.images.bit_length()
+            self._last_save, self._next_save = self.images, 1 << self.images.bit_length()
             try:
                 about = {"samples": self.images, "steps": self._measured // self.images,
                          "thoroughness": FAST}
@@ -101,12 +104,28 @@ class WhileGenerating:
         logging.warning("%sMeasure Sensitivity: %s", PREFIX, why)
         self._is_stopped, self._collector = True, None
 
-    def _call(self, apply_model, *args, **kwargs):
+    def _call(self, apply_model, x, sigma, *args, **kwargs):
         collector = self._collector
-        if collector is not None:
-            collector.is_paused = self._calls * STEP % 1 >= MEASURED_CALLS
+        if collector is not None and self._sampling is not None:
+            hold_out = self._is_in_last_quarter(float(sigma.max()), *self._sampling)
+            is_first = hold_out and not self._holds_out
+            collector.is_paused = not is_first and self._calls * STEP % 1 >= MEASURED_CALLS
             if not collector.is_paused:
-                collector.next_step(self._measured)
+                collector.next_call(hold_out)
                 self._measured += 1
+            self._holds_out = hold_out
             self._calls += 1
-        return apply_model(*args, **kwargs)
+        return apply_model(x, sigma, *args, **kwargs)
+
+    def _is_in_last_quarter(self, sigma: float, sigmas: torch.Tensor, images: int) -> bool:
+        """Returns whether a step ends in the last quarter of what is generated between two saves.
+
+        Args:
+            sigma: noise level of the call.
+            sigmas: of the sampler's steps, falling.
+            images: that it generates.
+        """
+        begun = int((sigmas >= sigma * (1 - 1e-4)).sum())  # steps, with this one
+        done = self.images - self._last_save
+        whole = max(self._next_save - self._last_save, done + images)
+        return done + images * begun / max(1, len(sigmas)) > (1 - HELD_OUT) * whole

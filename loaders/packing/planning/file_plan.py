@@ -69,7 +69,6 @@ class SaveOptions:
         overwrite: whether the file may replace one of the same name.
         mode: permissions of the file, as for `atomic_writer`.
         row_types: names of ROW_TYPES with which a size is met; none: it is met with GGUF types.
-        is_calibrated: whether the layers are packed for their inputs.
         is_int4_product: whether ComfyUI is to round the inputs of convrot_w4a4's layers to 4 bits
             too, which fewer GPUs multiply and which loses more than 8 bits.
     """
@@ -80,7 +79,6 @@ class SaveOptions:
     overwrite: bool = False
     row_types: tuple[str, ...] = ()
     mode: int = 0o666
-    is_calibrated: bool = False
     is_int4_product: bool = False
 
 
@@ -473,8 +471,8 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
-    if options.sensitivity is not None or options.is_calibrated:
-        errors = {} if options.is_calibrated else errors_of_result(source, plan.types, options)
+    if options.sensitivity is not None and not options.sensitivity.is_unused:
+        errors = errors_of_result(source, plan.types, options)
         metadata[LOSS_KEY] = (loss_text(total(errors, RESULT), RESULT) if errors
                               else LOSS_IN_LAYERS)
     if not safetensors:

@@ -81,6 +81,23 @@ def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
     assert left_in(tmp_path) == ["model.gguf"]
 
 
+@pytest.mark.parametrize("step", ["link", "rename", "replace"])
+def test_a_name_that_came_to_be_just_before_the_renaming_stays(tmp_path, monkeypatch, step):
+    path, run, others = tmp_path / "model.gguf", getattr(os, step), []
+
+    def taken_before(part, name):
+        if name == path:
+            path.write_bytes(b"somebody else's")
+            others.append(step)
+        run(part, name)
+
+    monkeypatch.setattr(atomic_file.os, step, taken_before)
+    with contextlib.suppress(WriteError), atomic_writer(path, 10) as file:
+        file.write(b"new")
+    assert path.read_bytes() == (b"somebody else's" if others else b"new")
+    assert left_in(tmp_path) == ["model.gguf"]
+
+
 def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
     usage = atomic_file.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(atomic_file.shutil, "disk_usage",

@@ -1,6 +1,5 @@
 """An imatrix packs like a measurement with the same columns, whichever tool wrote it, damaged ones
-are refused in one sentence, and the one that is written is read by llama.cpp's own package."""
-import re
+are refused in one sentence, and none is written."""
 import struct
 
 import folder_paths
@@ -8,24 +7,20 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from imatrices import entry, write_dat
 from patched_models import dense_flux, packed_flux, relative
 from saving import save
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.packing.calibration import imatrix as imatrices
-from featherweight.loaders.packing.calibration.imatrix import (
-    load_measurement,
-    read_imatrix,
-    write_imatrix,
-)
+from featherweight.loaders.packing.calibration import imatrix as reading
+from featherweight.loaders.packing.calibration.imatrix import load_measurement, read_imatrix
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.loaders.packing_rules import PLAIN_BYTES
 from featherweight.loaders.paths import folders
-from featherweight.nodes.measure_sensitivity import MeasureSensitivity
-from featherweight.nodes.save_packed_model import SavePackedModel
+from featherweight.nodes.measure_sensitivity import NO_IMATRIX, MeasureSensitivity
 from featherweight.ops.packing import relative_error
 from featherweight.ops.quantize.second_moments import SecondMoments
 
@@ -50,17 +45,6 @@ def write_gguf(path, sums: dict, counts: dict, general_type: str = "imatrix", cu
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def entry(name: str, calls: int, values) -> bytes:
-    return struct.pack("<i", len(name)) + name.encode() + struct.pack(
-        "<ii", calls, len(values)) + np.asarray(values, "<f4").tobytes()
-
-
-def write_dat(path, entries: list[bytes], tail: bytes | None = None):
-    """As stable-diffusion.cpp's --imat-out writes it. tail: what follows the entries."""
-    tail = struct.pack("<i", 4) if tail is None else tail
-    path.write_bytes(struct.pack("<i", len(entries)) + b"".join(entries) + tail)
 
 
 def random_sums(columns: int, seed: int = 0, nmat: int = 1) -> np.ndarray:
@@ -308,7 +292,7 @@ def test_tensors_that_overlap_take_no_more_memory_than_the_file(tmp_path):
 
 
 def test_a_file_larger_than_any_imatrix_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(imatrices, "MAX_BYTES", 100)
+    monkeypatch.setattr(reading, "MAX_BYTES", 100)
     write_gguf(tmp_path / "i.gguf", ONE, COUNT)
     with pytest.raises(SensitivityError, match="it takes .* more than the 100 bytes"):
         read_imatrix(tmp_path / "i.gguf")
@@ -317,57 +301,11 @@ def test_a_file_larger_than_any_imatrix_is_not_read(tmp_path, monkeypatch):
 def test_numbers_at_the_ends_of_float32_pack_as_any(tmp_path):
     values = {name: torch.tensor([1.0, 4.0, 0.0] * 100) * factor
               for name, factor in (("a", 1.0), ("b", 2.0**120), ("c", 2.0**-120), ("d", 0.0))}
-    moments = {name: imatrices.Imatrix({}, {}, values=values).moments(name) for name in values}
+    moments = {name: reading.Imatrix({}, {}, values=values).moments(name) for name in values}
     assert torch.equal(moments["a"].blocks, moments["b"].blocks)
     assert torch.equal(moments["a"].blocks, moments["c"].blocks)
     assert (moments["d"].importance == moments["d"].importance[0]).all()
     assert moments["d"].importance[0] > 0
-
-
-def test_the_written_file_is_read_by_the_package_of_llama_cpp(tmp_path):
-    norm = "double_blocks.0.img_attn.norm.query_norm.weight"
-    shapes, inputs = {QKV: (768, 512), norm: (8, 300)}, {}
-    for name, shape in shapes.items():
-        inputs[name] = SecondMoments.zeros(shape[1], 256)
-        inputs[name].add(torch.randn(37, shape[1]))
-    write_imatrix(Sensitivity({}, shapes | {"unseen.weight": (8, 8)},
-                              {"samples": 2, "steps": 3}, _moments=inputs.get), tmp_path / "i.gguf")
-    reader = GGUFReader(tmp_path / "i.gguf")
-    assert reader.fields["general.type"].contents() == "imatrix"
-    assert reader.fields["imatrix.datasets"].contents() == ["images generated with the model"]
-    assert reader.fields["imatrix.chunk_count"].contents() == 6
-    assert reader.fields["imatrix.chunk_size"].contents() == 37 // 6
-    types = {key: reader.fields[f"imatrix.chunk_{key}"].types[0].name for key in ("count", "size")}
-    assert types == {"count": "UINT32", "size": "UINT32"}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    written = {QKV: QKV, norm: norm.replace("weight", "scale")}
-    assert tensors.keys() == {f"{name}.{part}" for name in written.values()
-                              for part in ("in_sum2", "counts")}
-    for name, weight in written.items():
-        sums, counts = tensors[f"{weight}.in_sum2"], tensors[f"{weight}.counts"]
-        assert sums.shape.tolist() == [shapes[name][1], 1] and counts.shape.tolist() == [1, 1]
-        assert sums.tensor_type.name == counts.tensor_type.name == "F32"
-        expected = inputs[name].blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[:shapes[name][1]]
-        assert np.array_equal(sums.data.reshape(-1), expected) and counts.data.item() == 37
-    read = read_imatrix(tmp_path / "i.gguf")
-    assert torch.equal(read.importance(QKV), inputs[QKV].importance)
-
-
-def test_the_dat_has_the_layout_and_the_names_of_stable_diffusion_cpp(tmp_path):
-    """As its `IMatrixCollector::load_imatrix` steps through the file: value / calls is the mean
-    square."""
-    moments = SecondMoments.zeros(512, 256)
-    moments.add(torch.randn(37, 512))
-    write_imatrix(Sensitivity({}, {QKV: (768, 512)}, {"samples": 2, "steps": 2},
-                              _moments={QKV: moments}.get), tmp_path / "i.dat")
-    data, name = (tmp_path / "i.dat").read_bytes(), f"{PREFIX}{QKV}".encode()
-    assert struct.unpack_from(f"<ii{len(name)}sii", data) == (1, len(name), name, 4, 512)
-    start = 16 + len(name)
-    values = np.frombuffer(data, "<f4", 512, start)
-    assert np.array_equal(values / np.float32(4), moments.importance)
-    assert data[start + 4 * 512:] == struct.pack("<ii", 4, 31) + b"images generated with the model"
-    matched = read_imatrix(tmp_path / "i.dat").match({QKV: (768, 512)})
-    assert torch.equal(matched.importance(QKV), moments.importance)
 
 
 @pytest.fixture
@@ -377,25 +315,12 @@ def output(tmp_path, monkeypatch):
     return tmp_path / "output"
 
 
-def test_the_node_writes_an_imatrix_that_saving_takes(output):
-    arguments = ([packed_flux("Q8_0")], [1], [1], [1.0], [0], ["fast"], ["measured"])
-    path, text, _ = MeasureSensitivity.execute(*arguments).result  # a workflow of before
-    assert path.endswith("measured_00001_.sensitivity") and "imatrix" not in text
-    path, text, _ = MeasureSensitivity.execute(*arguments, imatrix=[True]).result
-    assert path.endswith("measured_00002_.sensitivity")
-    files = [f"measured_00002_.{kind}" for kind in ("imatrix.dat", "imatrix.gguf", "sensitivity")]
-    assert text.splitlines()[:3] == files
-    assert sorted(file.name for file in (output / "sensitivity").iterdir()) == [
-        "measured_00001_.sensitivity",
-        *files,
-    ]
-    path, text = SavePackedModel.execute(packed_flux("Q8_0"), "Q4_K",
-                                         sensitivity="measured_00002_.imatrix.gguf").result
-    assert re.search(r"measured_00002_.imatrix.gguf covers (\d+) of \1 packed matrices\.", text)
-    names = {tensor.name for tensor in GGUFReader(path).tensors}
-    imatrix = GGUFReader(output / "sensitivity" / "measured_00002_.imatrix.gguf")
-    stems = {tensor.name.rpartition(".")[0] for tensor in imatrix.tensors}
-    assert len(stems) > 10 and stems <= names
+def test_the_node_writes_no_imatrix_and_says_so(output):
+    arguments = ([packed_flux("Q8_0")], [1], [4], [1.0], [0], ["fast"], ["measured"])
+    for asked in ({}, {"imatrix": [False]}, {"imatrix": [True]}):  # workflows of before
+        text = MeasureSensitivity.execute(*arguments, **asked).result[1]
+        assert (NO_IMATRIX in text) == (asked == {"imatrix": [True]})
+    assert {file.suffix for file in (output / "sensitivity").iterdir()} == {".sensitivity"}
 
 
 @pytest.mark.parametrize("suffix", [".gguf", ".dat"])

@@ -216,7 +216,7 @@ def test_a_type_costs_what_its_error_is_with_error_feedback(vectors):
     rows = 1056  # of which every fifth are not whole blocks of mxfp8
     weight = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)) / 16
     moments = correlated_inputs(512, vectors)
-    costs = measuring.estimate_costs(weight, moments)
+    costs = measuring.estimate_costs(weight, moments, measuring.errors_of_layer(weight, moments)[0])
     assert costs.keys() == {*types_for((rows, 512)), "NF4", *ROW_TYPES}
     for type_name, cost in costs.items():
         packed = (pack_to_type(weight, ROW_TYPES[type_name], moments) if type_name in ROW_TYPES

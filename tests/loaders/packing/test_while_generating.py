@@ -1,25 +1,33 @@
 """A model is measured by images that are generated anyway: they stay equal, and what goes wrong
 with the measurement costs none of them."""
 import dataclasses
+import itertools
 import random
 
+import folder_paths
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+from patched_models import dense_flux
+from saving import save
 
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.packing.calibration import while_generating
-from featherweight.loaders.packing.calibration.moment_collector import linear_layers
+from featherweight.loaders.packing.calibration.measure import measurement_of
+from featherweight.loaders.packing.calibration.moment_collector import Collector, linear_layers
 from featherweight.loaders.packing.calibration.sampling import (
     SamplingRun,
     random_conditioning,
 )
-from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, report, summary
 from featherweight.loaders.packing.calibration.while_generating import (
     MEASURED_CALLS,
     WhileGenerating,
 )
+from featherweight.loaders.packing.source import source_of_model
+from featherweight.loaders.progress import Progress
+from featherweight.nodes.measure_sensitivity import WHILE_GENERATING, MeasureSensitivity
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models", "one_thread")
@@ -85,7 +93,8 @@ def test_the_moments_are_those_of_some_tokens_of_about_every_fourth_call(generat
     tokens = inputs[0].numel() // inputs[0].shape[-1]
     of_a_call = len(range(0, tokens, -(-tokens // most_tokens)))
     calls, rest = divmod(moments.count + moments.held_out_count, of_a_call)
-    assert of_a_call <= most_tokens and not rest and abs(calls - 32 * MEASURED_CALLS) <= 1
+    # three times the first call of a last quarter, too
+    assert of_a_call <= most_tokens and not rest and -1 <= calls - 32 * MEASURED_CALLS <= 4
     assert 0 < moments.held_out_count < moments.count
     squares = torch.stack([given.reshape(tokens, -1)[::-(-tokens // most_tokens)].square().sum(0)
                            for given in inputs])
@@ -157,12 +166,94 @@ def test_a_compiled_model_is_not_measured_and_it_is_said(generation, caplog):
     assert not saved and "nothing is measured: torch.compile" in caplog.text
 
 
-def test_a_second_one_on_its_model_replaces_the_first(generation):
-    first, second = [], []
-    model = WhileGenerating(second.append).attach(
-        WhileGenerating(first.append).attach(generation.patcher))
-    generation.generate(model)
-    assert not first and len(second) == 1
+def test_two_in_a_row_measure_both_and_never_share_a_file(generation, tmp_path, monkeypatch):
+    """They have one name, and both were asked before either wrote."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model = generation.patcher
+    for _ in range(2):
+        _, text, model = MeasureSensitivity.execute(
+            [model], [1], [1], [1.0], [0], [WHILE_GENERATING], ["own"]).result
+        assert text.startswith("own_00001_.sensitivity\nor the next free number will be written")
+    files = [tmp_path / "sensitivity" / f"own_0000{number}_.sensitivity" for number in (1, 2)]
+    for images in (1, 2):
+        generation.generate(model)
+        assert sorted((tmp_path / "sensitivity").iterdir()) == files
+        assert [Sensitivity.load(file).about["samples"] for file in files] == [images] * 2
+
+
+def inputs_of(generation, model, layer, steps: int, images: int) -> list[torch.Tensor]:
+    """The sum of squares of a layer's inputs in each call."""
+    squares = []
+    generation.drawing = dataclasses.replace(generation.drawing, steps=steps)
+    with layer.register_forward_pre_hook(lambda _, given: squares.append(
+            given[0].double().reshape(-1, layer.in_features).square().sum(0))):
+        for _ in range(images):
+            generation.generate(model)
+    return squares
+
+
+@pytest.mark.parametrize(("steps", "images"), [(2, 1), (3, 1), (4, 1), (9, 1), (4, 4), (1, 8)])
+def test_the_last_quarter_of_the_calls_since_the_last_save_is_held_out(generation, steps, images,
+                                                                       monkeypatch):
+    monkeypatch.setattr(while_generating, "MEASURED_CALLS", 1)
+    monkeypatch.setattr(while_generating, "MOST_TOKENS", 1 << 20)
+    # the costs take long, and do not matter here
+    monkeypatch.setattr(while_generating, "measurement_of", lambda _, collector, *__: collector)
+    name, saved = "blocks.0.ffn.0.weight", []
+    model = WhileGenerating(saved.append).attach(generation.patcher)
+    squares = inputs_of(generation, model, linear_layers(model.model)[name], steps, images)
+    times = [0, *(count for count in (1, 2, 4, 8) if count <= images)]
+    fitted = []
+    for start, stop in itertools.pairwise(count * steps for count in times):
+        fitted += squares[start:start + int(0.75 * (stop - start))]
+    moments = saved[-1].moments_of(name)
+    torch.testing.assert_close(moments.diagonal.double(), sum(fitted), rtol=1e-4, atol=1e-4)
+    assert moments.held_out_count * len(fitted) == moments.count * (len(squares) - len(fitted))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 20])
+def test_a_call_of_the_last_quarter_is_recorded_in_a_short_image(generation, steps, monkeypatch):
+    monkeypatch.setattr(while_generating, "measurement_of", lambda _, collector, *__: collector)
+    saved = []
+    generation.drawing = dataclasses.replace(generation.drawing, steps=steps)
+    generation.generate(WhileGenerating(saved.append).attach(generation.patcher))
+    for moments in saved[0].moments.values():
+        assert moments.count and moments.held_out_count
+
+
+def measured_with(patcher, is_alike: bool) -> Sensitivity:
+    """A measurement whose tokens held out are like those that it is fitted to, or not."""
+    collector, generator = Collector(linear_layers(patcher.model)), torch.Generator().manual_seed(1)
+    for name, layer in collector.layers.items():
+        tokens = torch.randn(600, layer.in_features // 2, generator=generator)
+        large_first = torch.cat([tokens, 0.1 * tokens], 1)
+        collector.moments[name] = SecondMoments.zeros(layer.in_features)
+        collector.moments[name].add(large_first, hold_out=False)
+        collector.moments[name].add(
+            large_first if is_alike else torch.cat([0.1 * tokens, -tokens], 1), hold_out=True)
+    return measurement_of(patcher, collector, Progress("measuring"), {"samples": 1})
+
+
+@pytest.mark.parametrize("target", ["Q4_K", 2_000_000])
+def test_one_no_better_than_none_on_what_is_held_out_is_saved_and_not_used(tmp_path, target):
+    model = dense_flux("F16")
+    files = []
+    for is_alike in (True, False, None):
+        path = tmp_path / f"{is_alike}.sensitivity"
+        if is_alike is not None:
+            measured = measured_with(model, is_alike)
+            assert measured.is_unused == (not is_alike)
+            for text in (report(measured), summary(measured)):
+                assert ("It is saved and will not be used." in text) == (not is_alike)
+            measured.save(path)
+        out = tmp_path / str(is_alike) / "a.gguf"
+        out.parent.mkdir()
+        saved = save(source_of_model(model), out, target,
+                     sensitivity=None if is_alike is None else Sensitivity.load(path))
+        files.append(out.read_bytes())
+        assert (f"{path.name} is not used. On the calls" in saved.text) == (is_alike is False)
+        assert ("Loss: " in saved.text) == (is_alike is not True)
+    assert files[0] != files[1] == files[2]
 
 
 def test_its_file_is_read_as_any_other(generation, tmp_path):

@@ -46,8 +46,6 @@ def test_blocks_that_no_format_divides_are_refused():
 def test_inputs_of_another_layer_are_refused():
     with pytest.raises(ValueError, match=r"\(4, 128\) do not go with moments of 256 columns"):
         SecondMoments.zeros(256).add(torch.ones(4, 128))
-    with pytest.raises(ValueError, match="of a pair"):
-        SecondMoments.zeros(256, pair=True).add(torch.ones(4, 256))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20, 50])

@@ -92,11 +92,10 @@ static void write_scales(const Rows& rows, const Column* units, int groups, int 
 }
 #endif
 
-// Chooses the codes of at most ROWS rows. is_target: values are in the basis of the codes already,
-// and divided by the numbers of their rows.
+// Chooses the codes of at most ROWS rows.
 static void choose_rows(Rows rows, const float* shares, const float* steps,
                         const float* weights, const float* tried_shares, int tries, int columns,
-                        int sweeps, bool is_target, int count) {
+                        int sweeps, int count) {
     const int groups = SCALE_COLUMNS ? columns / GROUP_COLUMNS : 1;
     Buffer<Column> all_columns(groups + 4 * columns);
     Buffer<float> row(columns + LANES);
@@ -105,14 +104,8 @@ static void choose_rows(Rows rows, const float* shares, const float* steps,
     memset((void*)units, 0, (groups + columns) * sizeof(Column));
     for (int r = 0; r < count; r++) {
         const TYPE* from = rows.values + r * rows.value_stride;
-        float inverted = 1;
-        if (is_target) {
-            for (int i = 0; i < columns; i += LANES)
-                store(load_lanes(from, i, columns), row.items + i);
-        } else {
-            read_row(from, row.items, columns);
-            if (HAS_ROW_NUMBERS) inverted = 1 / rows.row_scales[r];
-        }
+        read_row(from, row.items, columns);
+        const float inverted = HAS_ROW_NUMBERS ? 1 / rows.row_scales[r] : 1;
         for (int i = 0; i < columns; i++) ((float*)target[i])[r] = row.items[i] * inverted;
         for (int g = 0; g < groups; g++)
             ((float*)units[g])[r] = SCALE::number(rows.scales + r * rows.scale_stride, 0, g);
@@ -141,15 +134,14 @@ static void choose_rows(Rows rows, const float* shares, const float* steps,
 // columns, tried_shares: of the scales that are tried, for scales of groups. See `choose_rows`.
 extern "C" void pack_row_columns(const Rows* of, const float* shares, const float* steps,
                                  const float* weights, const float* tried_shares, int tries,
-                                 int columns, int sweeps, int is_target, Index count,
-                                 int threads) {
+                                 int columns, int sweeps, Index count, int threads) {
     const Rows first = *of;
     parallel_for(threads, (count + ROWS - 1) / ROWS, [=](Index number) {
         const Index row = number * ROWS;
         Rows rows = first;
         rows.values += row * rows.value_stride, rows.codes += row * rows.code_stride;
         rows.scales += row * rows.scale_stride, rows.row_scales += row;
-        choose_rows(rows, shares, steps, weights, tried_shares, tries, columns, sweeps, is_target,
+        choose_rows(rows, shares, steps, weights, tried_shares, tries, columns, sweeps,
                     (int)(count - row < ROWS ? count - row : ROWS));
     });
 }
