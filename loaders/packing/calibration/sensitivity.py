@@ -27,8 +27,8 @@ KEY = "featherweight_sensitivity"
 FORMAT = 2
 FAST = "fast"  # the effort without runs of the model, whose costs are those of a layer's output
 UNUSED = "unused"  # key of `about`: whether packing by the measurement was no better than without
-NOT_BETTER = ("On the calls that were kept for a comparison it packs no better than no measurement"
-              " does. Measure with more images.")
+NOT_BETTER = ("On calls that it was not fitted to, it packs no better than no measurement does."
+              " Measure with more images.")
 # Types that reports show, smallest first.
 SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 

@@ -27,8 +27,8 @@ class WhileGenerating:
 
     They lie in main memory; a layer's are on its device only while it adds to them. The measurement
     is saved after 1, 2, 4, 8 ... images, each time of all of them. Of the calls between two times
-    the last quarter is held out: other steps of the first image, later other images. An error ends
-    it and is logged; the image is generated all the same.
+    the last quarter is held out, but none of a first image alone, whose steps are too alike: so its
+    measurement is not used. An error ends it and is logged; the image is generated all the same.
 
     Args:
         save: writes a measurement.
@@ -125,6 +125,8 @@ class WhileGenerating:
             sigmas: of the sampler's steps, falling.
             images: that it generates.
         """
+        if self.images + images == 1:
+            return False
         begun = int((sigmas >= sigma * (1 - 1e-4)).sum())  # steps, with this one
         done = self.images - self._last_save
         whole = max(self._next_save - self._last_save, done + images)
