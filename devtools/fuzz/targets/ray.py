@@ -92,8 +92,13 @@ def ray_request(folder: Path) -> Target:
     ], read, (graphs.GraphError, MachineError, messages.MessageError))
 
 
+def changed_message(data: bytes) -> st.SearchStrategy[bytes]:
+    """Returns a strategy of a message with another header; of a function that can be pickled."""
+    return _changed_message(data)
+
+
 @st.composite
-def changed_message(draw, data: bytes) -> bytes:
+def _changed_message(draw, data: bytes) -> bytes:
     length = int.from_bytes(data[:4], "big")
     if 12 + length > len(data) or draw(st.booleans()):
         return draw(changed_bytes(data))
