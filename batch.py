@@ -93,13 +93,20 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command. Returns its exit code."""
+def import_pack():
+    """Makes the modules of this pack those of the package `featherweight`."""
     # Ray sends sys.path to each worker
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
+    # a worker that ends is replaced, so Ray's own messages about it would mislead
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command. Returns its exit code."""
+    import_pack()
     from featherweight.cluster.batch_progress import duration
     from featherweight.cluster.batch_run import Batch
     from featherweight.cluster.comfyui_install import MachineError, own_comfyui
@@ -113,8 +120,6 @@ def run(options: argparse.Namespace) -> int:
         )
         return USAGE
     started = time.monotonic()
-    # a worker that ends is replaced, so Ray's own messages about it would mislead
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     signal.signal(signal.SIGTERM, stop)
     out = options.out if "://" in options.out else os.path.abspath(options.out)
     try:
@@ -156,7 +161,18 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if counts["failed"] else DONE
 
 
+def serve():
+    """Renders the runs of *Run on Ray*, which ComfyUI writes to this process."""
+    import_pack()
+    from featherweight.cluster.comfyui_install import own_comfyui
+    from featherweight.cluster.run_server import serve_runs
+
+    serve_runs(own_comfyui(str(ROOT)))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        sys.exit(serve())
     # a row may hold characters that this terminal cannot show
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

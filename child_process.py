@@ -3,6 +3,7 @@
 No other file starts any. tests/security.md lists the callers and their arguments.
 """
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,17 +49,21 @@ def start_process(*command: str, **options) -> Popen:
     Raises:
         OSError
     """
-    options["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)
     with _lock:
         if _ending:
             raise OSError(f"{command[0]} was not started: this process is ending")
-        process = subprocess.Popen(command, start_new_session=True, **options)
+        process = _popen(*command, start_new_session=True, **options)
         _running.add(process)
     return process
 
 
+def _popen(*command: str, **options) -> Popen:
+    return subprocess.Popen(
+        command, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0), **options)
+
+
 def end_process(process: Popen):
-    """Kills a program with all that it has started (on Windows it alone), and waits for its end."""
+    """Kills a program with all that it has started, and waits for its end."""
     _kill(process)
     process.wait()
     _running.discard(process)
@@ -67,12 +72,14 @@ def end_process(process: Popen):
 def _kill(process: Popen):
     if process.returncode is None:  # not reaped yet, so its process id cannot be another program's
         if not hasattr(os, "killpg"):
-            process.kill()
+            taskkill = os.path.join(os.environ["SYSTEMROOT"], "System32", "taskkill.exe")
+            _popen(taskkill, "/T", "/F", "/PID", str(process.pid), stdin=DEVNULL, stdout=DEVNULL,
+                   stderr=DEVNULL).wait()
+            process.kill()  # does nothing where it has ended
             return
-        try:
+        # a Mac refuses to signal a group of which only an ended program is left
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def is_ending() -> bool:

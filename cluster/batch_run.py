@@ -123,11 +123,7 @@ class Batch:
     def connect(self):
         """Connects to the cluster, or starts Ray on this machine. Raises MachineError."""
         if not is_joined():
-            address = resolve_address(self.address)
-            os.environ.setdefault(AUTO_CONNECT_ENV, "0")
-            if address == "local":
-                os.environ.update(local_environment(os.environ))
-            connect(address)
+            join(resolve_address(self.address))
         import ray
         from ray import cloudpickle
 
@@ -186,21 +182,38 @@ class Batch:
         self.connect()
         import ray
 
+        pool = self.make_pool()
+        progress = BatchProgress(len(rows), self.say)
+        try:
+            RowRun(pool, ray.put(self.graph), rows, self.workers, progress).render()
+        finally:
+            pool.end_all()
+        return progress.counts
+
+    def make_pool(self) -> ActorPool:
+        """Returns a pool, still without workers, that renders any workflow into the store.
+
+        Raises:
+            MachineError: no machine can take part.
+        """
+        import ray
+
         _, expected = self.compare_machines()
         writer = None
-        if not self.store.bucket and not self.out.startswith("file://"):
+        if "://" not in self.out:
             writer = ray.remote(Store).options(
                 max_restarts=-1, max_task_retries=-1, max_concurrency=16, **on_node(self.home)
             ).remote(self.out)
         home = self.home if writer else ""
-        arguments = (self.graph, self.out, home, writer, self.comfyui, expected)
-        pool = ActorPool(self.worker, arguments, self.share)
-        progress = BatchProgress(len(rows), self.say)
-        try:
-            RowRun(pool, rows, self.workers, progress).render()
-        finally:
-            pool.end_all()
-        return progress.counts
+        return ActorPool(self.worker, (self.out, home, writer, self.comfyui, expected), self.share)
+
+
+def join(address: str):
+    """Makes this process a driver, see `ray_connection.connect`. Raises MachineError."""
+    os.environ.setdefault(AUTO_CONNECT_ENV, "0")
+    if address == "local":
+        os.environ.update(local_environment(os.environ))
+    connect(address)
 
 
 def local_versions(comfyui: str) -> tuple[str, dict[str, str], str]:

@@ -15,13 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import filelock
 
 from .comfyui_install import MachineError, is_pack
-from .prompt_events import OnEvent, PromptListener
 from .workflow_graph import RESULT_NODE, GraphError, classes, one_line, texts
 
 SCRATCH = "featherweight-worker-"
@@ -39,23 +37,8 @@ MEDIA_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".wav", ".mp3",
     ".flac",
 }
+END_POLL_SECONDS = 0.002  # between two looks whether a prompt has ended
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
-
-
-class PromptCancelled(Exception):
-    """The prompt was cancelled by `EmbeddedComfyUI.cancel`."""
-
-
-@dataclass
-class PromptResult:
-    """The result of a prompt.
-
-    Args:
-        files: `<node>_<n>.<ext>` -> bytes of the files it saved, or else previewed.
-        images: of the node of `workflow_graph.with_result`, float32 (N, H, W, C), or None.
-    """
-    files: dict[str, bytes] = field(default_factory=dict)
-    images: Any = None
 
 
 class EmbeddedComfyUI:
@@ -76,9 +59,6 @@ class EmbeddedComfyUI:
         self.scratch, self.scratch_lock = make_scratch()
         # ComfyUI wraps their buffers, which close when the streams are freed
         self.streams = sys.stdout, sys.stderr
-        self.results: dict[str, object] = {}  # prompt id -> images of its result node
-        self.listeners: dict[str, PromptListener] = {}  # by prompt id
-        self.lock = threading.Lock()
         errors = []
 
         def boot():  # in a thread: its event loop must not be the caller's
@@ -128,10 +108,9 @@ class EmbeddedComfyUI:
 
         import nodes
 
-        nodes.NODE_CLASS_MAPPINGS[RESULT_NODE] = result_node(self.results)
+        nodes.NODE_CLASS_MAPPINGS[RESULT_NODE] = result_node(output)
         self.validate_prompt = execution.validate_prompt
         self.folders = folder_paths
-        self.interrupt = nodes.interrupt_processing
         self.node_classes = nodes.NODE_CLASS_MAPPINGS
         threading.Thread(target=self._publish, daemon=True, name="ComfyUI's events").start()
 
@@ -139,49 +118,25 @@ class EmbeddedComfyUI:
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self.server.publish_loop())
 
-    def run(self, graph: dict, on_event: OnEvent | None = None, prompt_id: str | None = None,
-            extra: dict | None = None) -> PromptResult:
-        """Runs a graph to its end. Prompts of several threads run one after another.
+    def run(self, graph: dict) -> dict[str, bytes]:
+        """Runs a graph to its end.
 
-        Args:
-            graph: the workflow.
-            on_event: see `PromptListener`.
-            prompt_id: a name for `cancel`, a new one each time.
-            extra: ComfyUI's extra data, such as {"preview_method": "auto"}.
+        Returns:
+            `<node>_<n>.<ext>` -> bytes of the files it saved, or else previewed.
 
         Raises:
             GraphError: the workflow fails on any machine.
             MachineError: this machine cannot run it.
-            PromptCancelled: `cancel` was called.
         """
-        prompt_id = prompt_id or str(uuid.uuid4())
-        if any(node["class_type"] == RESULT_NODE for node in graph.values()):
-            graph = {
-                name: {**node, "inputs": {**node["inputs"], "key": prompt_id}}
-                if node["class_type"] == RESULT_NODE else node for name, node in graph.items()
-            }
-        listener = PromptListener(prompt_id, on_event, self._interrupt_if_cancelled)
-        with self.lock:
-            self.listeners[prompt_id] = listener
-        self.server.sockets[prompt_id] = listener
-        self.server.sockets_metadata[prompt_id] = {
-            "feature_flags": {"supports_preview_metadata": True}
-        }
         try:
-            files = self._read_files(self._execute(graph, listener, dict(extra or {})))
+            files = self._read_files(self._execute(graph))
             # ComfyUI used the saving node's cached output of an equal prompt, whose files are gone
             if files is None:
                 self._clear_cache()
-                listener.ended.clear()
-                files = self._read_files(self._execute(graph, listener, dict(extra or {})))
-            return PromptResult(files or {}, self.results.pop(prompt_id, None))
+                files = self._read_files(self._execute(graph))
+            return files or {}
         finally:
-            self.results.pop(prompt_id, None)
-            self.listeners.pop(prompt_id, None)
-            self.server.sockets.pop(prompt_id, None)
-            self.server.sockets_metadata.pop(prompt_id, None)
-            if not self.listeners:
-                self._clear_outputs()
+            self._clear_outputs()
 
     def validate(self, graph: dict, prompt_id: str = "check") -> list[str]:
         """Validates a graph by ComfyUI's own code and returns the ids of its output nodes.
@@ -197,27 +152,18 @@ class EmbeddedComfyUI:
             self._raise_invalid(graph, error, node_errors)
         return outputs
 
-    def _execute(self, graph: dict, listener: PromptListener, extra: dict) -> dict:
+    def _execute(self, graph: dict) -> dict:
         """Queues a prompt, waits for its end and returns its outputs by node."""
-        prompt_id = listener.prompt_id
+        prompt_id = str(uuid.uuid4())
         queue = self.server.prompt_queue
-        request = self.server.trigger_on_prompt(
-            {"prompt": graph, "client_id": prompt_id, "extra_data": extra})
+        request = self.server.trigger_on_prompt({"prompt": graph, "extra_data": {}})
         graph = request["prompt"]
-        extra = {**request.get("extra_data", {}), "client_id": prompt_id}
         outputs = self.validate(graph, prompt_id)
-        with self.lock:
-            if listener.cancelled:
-                raise PromptCancelled
-            number = self.server.number  # the queue's priority: first come, first served
-            self.server.number += 1
-            queue.put((number, prompt_id, graph, extra, outputs, {}))
-        while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
+        queue.put((0, prompt_id, graph, request.get("extra_data", {}), outputs, {}))
+        while not (entry := queue.get_history(prompt_id).get(prompt_id)):
             self._check_runs_prompts()
-        entry = queue.get_history(prompt_id).get(prompt_id)
+            time.sleep(END_POLL_SECONDS)
         queue.delete_history_item(prompt_id)
-        if listener.cancelled:
-            raise PromptCancelled
         if entry["status"]["status_str"] != "success":
             self._raise_failed(graph, entry["status"]["messages"])
         return entry["outputs"]
@@ -241,30 +187,6 @@ class EmbeddedComfyUI:
             raise MachineError(
                 "cannot finish it: ComfyUI's thread that runs prompts has ended, as when a node"
                 " calls sys.exit(). Another worker takes the next prompt.")
-
-    def cancel(self, prompt_id: str):
-        """Ends one prompt, whether it waits or runs; its `run` raises PromptCancelled."""
-        queue = self.server.prompt_queue
-        with self.lock:
-            listener = self.listeners.get(prompt_id)
-            if listener is None:
-                return
-            listener.cancelled = True
-            if queue.delete_queue_item(lambda item: item[1] == prompt_id):
-                listener.ended.set()
-        self._interrupt_if_cancelled(listener)
-
-    def _interrupt_if_cancelled(self, listener: PromptListener):
-        """Interrupts a cancelled prompt if it runs.
-
-        Called by `cancel` and when a prompt starts, as ComfyUI then resets an interruption.
-        """
-        queue = self.server.prompt_queue
-        with queue.mutex:
-            if listener.cancelled and any(
-                item[1] == listener.prompt_id for item in queue.currently_running.values()
-            ):
-                self.interrupt()
 
     # --- errors ---
 
@@ -383,25 +305,29 @@ def sweep_dead():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def result_node(results: dict):
-    """Returns the class of the node that puts its images into `results` under the prompt's id."""
+def result_node(folder: str):
+    """Returns the class of the node that saves images in a folder, as float32 and with any
+    channels."""
 
     class Result:
         RETURN_TYPES = ()
-        FUNCTION = "keep"
+        FUNCTION = "save"
         OUTPUT_NODE = True
         CATEGORY = "Featherweight"
 
         @classmethod
         def INPUT_TYPES(cls):
-            return {"required": {"images": ("IMAGE",), "key": ("STRING", {"default": ""})}}
+            return {"required": {"images": ("IMAGE",)}}
 
         @classmethod
         def IS_CHANGED(cls, **_):
             return float("nan")  # differs from itself, so the node always runs
 
-        def keep(self, images, key):
-            results[key] = images
-            return ()
+        def save(self, images):
+            import numpy
+
+            name = "images.npy"
+            numpy.save(os.path.join(folder, name), images.cpu().float().numpy())
+            return {"ui": {"images": [{"filename": name}]}}
 
     return Result

@@ -125,12 +125,12 @@ def upstream(graph, link: list) -> dict[str, dict]:
     return nodes
 
 
-def with_result(graph: Mapping[str, dict], link: list) -> dict[str, dict]:
-    """Adds a node that makes a link's pictures `PromptResult.images`."""
+def with_result(graph: Mapping[str, dict], link: list) -> tuple[dict[str, dict], str]:
+    """Returns a graph with a node that saves a link's images as they are, and that node's name."""
     name = "result"
     while name in graph:
-        name += "_"
-    return {**graph, name: {"class_type": RESULT_NODE, "inputs": {"images": list(link), "key": ""}}}
+        name += "0"
+    return {**graph, name: {"class_type": RESULT_NODE, "inputs": {"images": list(link)}}}, name
 
 
 def digest(graph: Mapping[str, dict]) -> str:

@@ -2,7 +2,7 @@
 
 Standard library only.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .workflow_graph import GraphError, is_link, texts, upstream
 
@@ -111,21 +111,3 @@ def _ancestors(part: Mapping[str, dict], name: str, other: str) -> set[str]:
     }
     links = [spec["inputs"].get(name) for spec in part.values()]
     return {node for link in links if is_link(link) for node in upstream(without, link)}
-
-
-def nodes_affected(part: Mapping[str, dict], changes: Sequence[Mapping[str, object]]) -> set[str]:
-    """Returns the nodes that run for each item: the changed ones and all that depend on them.
-
-    Those are all nodes where the items do not differ.
-    """
-    affected = {_node_of(path) for change in changes for path in change}
-    if len(changes) < 2 or not affected:
-        return set(part)
-    while True:
-        dependent = {
-            node for node, spec in part.items()
-            if any(is_link(value) and value[0] in affected for value in spec["inputs"].values())
-        }
-        if dependent <= affected:
-            return affected
-        affected |= dependent

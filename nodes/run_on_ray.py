@@ -1,5 +1,4 @@
 """The node Run on Ray (Featherweight)."""
-import io as streams
 import os
 import sys
 
@@ -9,19 +8,18 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
-from PIL import Image
 
+from ..cluster.batch_child import BatchChild
 from ..cluster.comfyui_install import MachineError, worker_environment
-from ..cluster.image_collector import ImageCollector
 from ..cluster.ray_connection import THIS_COMPUTER, address_options, is_cluster, named_cluster
-from ..cluster.ray_driver_pool import DriverPool
-from ..cluster.workflow_graph import GraphError, classes, upstream, with_result
-from ..cluster.workflow_variants import make_variants, nodes_affected
+from ..cluster.workflow_graph import GraphError, classes, upstream
+from ..cluster.workflow_variants import make_variants
 from ..ops.pickle_names import short_error_name
 from .node_text import text_sender
 
-# lives until ComfyUI ends, with the Ray that it started and the models of the workers
-POOL = DriverPool(named_cluster())
+CLUSTER = named_cluster()
+# by `is_cluster`; they live until ComfyUI ends, with the models of their workers
+CHILDREN = {False: BatchChild(), True: BatchChild(CLUSTER)}
 
 
 @short_error_name
@@ -80,7 +78,7 @@ class RunOnRay(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "address",
-                    options=address_options(POOL.cluster),
+                    options=address_options(CLUSTER),
                     default=THIS_COMPUTER,
                     optional=True,
                     display_name="run on",
@@ -120,7 +118,7 @@ class RunOnRay(io.ComfyNode):
         """
         try:
             if address is not None:  # None: another node gives it, and `execute` checks it
-                is_cluster(address, POOL.cluster)
+                is_cluster(address, CLUSTER)
         except MachineError as error:
             return str(error)
         return True
@@ -136,7 +134,7 @@ class RunOnRay(io.ComfyNode):
 
     @classmethod
     def _run(cls, images, count, texts, address, workers, idle_minutes) -> io.NodeOutput:
-        on_cluster = is_cluster(address, POOL.cluster)
+        on_cluster = is_cluster(address, CLUSTER)
         graph = upstream(cls.hidden.dynprompt, images)
         if "FeatherweightRunOnRay" in classes(graph):
             raise GraphError(
@@ -144,35 +142,31 @@ class RunOnRay(io.ComfyNode):
                 " Remove one of them."
             )
         changes = make_variants(graph, count, texts)
-        collector = ImageCollector(count, nodes_affected(graph, changes))
         bar = comfy.utils.ProgressBar(count)
         show = text_sender()
 
-        def on_event(header: dict, data: bytes):
-            collector.receive(header, data)
-            if header["event"] == "preview":
-                picture = Image.open(streams.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
-                bar.update_absolute(*collector.progress(), ("JPEG", picture, None))
-            elif header["event"] == "progress":
-                bar.update_absolute(*collector.progress())
-            else:
-                show(collector.status_text())
+        def on_progress(done: int, message: str):
+            bar.update_absolute(done)
+            show(progress_text(done, count, message))
 
-        show(collector.status_text())
+        on_progress(0, "")
         comfyui = os.path.dirname(folder_paths.__file__)
-        POOL.run(
-            on_cluster,
+        all_images = CHILDREN[on_cluster].run(
             {
-                "graph": with_result(graph, images),
+                "graph": graph,
+                "images": images,
                 "changes": changes,
-                "comfyui": comfyui,
-                "extra": {"preview_method": args.preview_method.value},
                 "workers": workers,
-                "idle_seconds": idle_minutes * 60,
                 "on_cpu": args.cpu and not on_cluster,
+                "idle_seconds": idle_minutes * 60,
             },
-            on_event,
+            on_progress,
             comfy.model_management.throw_exception_if_processing_interrupted,
-            {} if on_cluster else worker_environment(comfyui, sys.argv[1:]),
+            worker_environment(comfyui, sys.argv[1:]),
         )
-        return io.NodeOutput(torch.from_numpy(collector.all_images()))
+        return io.NodeOutput(torch.from_numpy(all_images))
+
+
+def progress_text(done: int, count: int, message: str = "") -> str:
+    """Returns the text on the node. message: the latest about a worker, or ""."""
+    return f"{done} of {count} done" + (f"\n{message}" if message else "")

@@ -45,7 +45,7 @@ CALLS = (r"pickle\.(loads?|Unpickler)|(\w+\.)*(import_module|exec_module)"
 MAY_IMPORT = {
     ("child_process.py", "subprocess"): "starts all that this pack starts",
     ("ops/kernels/checker.py", "subprocess"): "constants, and the name of an error",
-    ("cluster/ray_driver_pool.py", "subprocess"): "constants",
+    ("cluster/batch_child.py", "subprocess"): "constants",
     ("nodes/help_pages.py", "aiohttp"): "answers the editor through ComfyUI's server",
     ("cluster/ray_connection.py", "socket"): "asks whether anything listens at the address that"
                                              " the owner named",

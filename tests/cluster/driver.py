@@ -21,7 +21,6 @@ import devtools.cluster  # noqa: F401  it sets the environment that ray reads
 from devtools import product_module
 
 Batch = product_module("cluster.batch_run").Batch
-PromptResult = product_module("cluster.embedded_comfyui").PromptResult
 RowRenderer = product_module("cluster.worker").RowRenderer
 digest = product_module("cluster.workflow_graph").digest
 
@@ -35,12 +34,12 @@ class Painter:
     def runs_prompts(self) -> bool:
         return True
 
-    def run(self, graph: dict) -> PromptResult:
+    def run(self, graph: dict) -> dict[str, bytes]:
         inputs = graph["1"]["inputs"]
         if inputs["text"] == "crash":
             ctypes.string_at(0)
         time.sleep(inputs["seconds"])
-        return PromptResult({"1_0.png": painted(graph)})
+        return {"1_0.png": painted(graph)}
 
 
 class LoggingHost:
@@ -50,7 +49,7 @@ class LoggingHost:
         self.host, self.log = host, log
         self.runs_prompts = host.runs_prompts
 
-    def run(self, graph: dict) -> PromptResult:
+    def run(self, graph: dict) -> dict[str, bytes]:
         self.write("begins", graph)
         result = self.host.run(graph)
         self.write("ends", graph)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from featherweight.cluster import actor_pool, batch_row_rendering
+from featherweight.cluster import batch_row_rendering
 from featherweight.cluster.actor_pool import ActorPool, PoolWorker
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_row_rendering import RowRun
@@ -41,7 +41,7 @@ class Cluster(ActorPool):
         self.started.append(node)
         info = {"name": node}, self.problems.get(node, "")
         actor = SimpleNamespace(ready=self.call(lambda: info if self.starts else None),
-                                render=self.call(lambda row: self.render(row, node)))
+                                render=self.call(lambda graph, row: self.render(row, node)))
         self.members.append(PoolWorker(actor, node, calls={actor.ready.remote(): None}))
 
     def call(self, function):
@@ -73,7 +73,7 @@ class Cluster(ActorPool):
         """Returns how many rows ended with each status."""
         progress = BatchProgress(len(names), lambda text, **_: self.printed.append(text.strip()))
         try:
-            RowRun(self, [{"id": name} for name in names], workers, progress).render()
+            RowRun(self, {}, [{"id": name} for name in names], workers, progress).render()
         finally:
             self.end_all()
         return dict(progress.counts)
@@ -93,7 +93,7 @@ def cluster(monkeypatch):
         monkeypatch.setattr(ray, "kill", made.kill)
         return made
 
-    monkeypatch.setattr(actor_pool, "NODE_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(batch_row_rendering, "NODE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(RowRun, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(batch_row_rendering, "MAX_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(batch_row_rendering, "NO_NODE_SECONDS", 0.1)

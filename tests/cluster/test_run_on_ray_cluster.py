@@ -1,6 +1,7 @@
 """The node Run on Ray on clusters that several editors share, or whose machines fail."""
 import contextlib
 import os
+import re
 import threading
 import time
 
@@ -60,14 +61,12 @@ def test_two_editors_draw_one_after_the_other(cluster, editors, plain):
     runs = [
         queued(editor, on_cluster(seed=seed, workers=0)) for editor, seed in zip(editors, (5, 15))
     ]
-    machines = set()
     for (thread, results), seed in zip(runs, (5, 15)):
         thread.join()
         assert isinstance(results[0], tuple), results[0]
-        images, run = results[0]
-        assert images == [pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)]
-        machines.update(run.texts["10"][-1].split("on ")[1].split(", "))
-    assert machines <= {"desk", "attic"}
+        assert results[0][0] == [
+            pixels(plain(workflow(seed=seed + index))) for index in range(COUNT)
+        ]
 
 
 def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
@@ -86,16 +85,16 @@ def test_cancel_of_what_waits_ends_nothing_that_runs(cluster, editors, plain):
     assert pictures(second, on_cluster(count=1, seed=50))[0] == [pixels(plain(workflow(seed=50)))]
 
 
-def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
+def test_a_machine_that_lacks_a_model_is_named_and_another_draws(cluster, editors, bases):
     path = next((bases["desk"] / "models").rglob(MODEL))
     # not a hard link, which changes the file's times, which are saved in pictures
     os.symlink(path, path.with_name("at the desk.gguf"))
     graph = on_cluster(count=12, seed=60, steps=60, workers=0)  # enough for attic to take one
     graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
-    with pytest.raises(
-            server.ServerError,
-            match=r"Job \d+ of 12 cannot run on attic: has no file 'at the desk.gguf'"):
-        editors[0].queue(graph)
+    images, run = pictures(editors[0], graph)
+    assert len(images) == 12
+    assert re.search(r"Job \d+ goes to another machine: attic has no file 'at the desk.gguf'",
+                     "\n".join(run.texts["10"]))
 
 
 def test_a_head_that_goes_away_ends_no_comfyui(bases, ray_folder, plain):

@@ -1,14 +1,13 @@
 """A worker of Ray renders what a plain ComfyUI does, with code that was sent to it."""
-import asyncio
+import io
 import os
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
 
 from devtools.cluster import changes, workflow
 
+import numpy
 import pytest
 from process_tree import IMPORT_PACK
 
@@ -16,19 +15,18 @@ from devtools import ROOT
 from featherweight.cluster import embedded_comfyui
 from featherweight.cluster.actor_pool import Share
 from featherweight.cluster.comfyui_install import MachineError
-from featherweight.cluster.worker import PromptWorker
+from featherweight.cluster.worker import Worker
 from featherweight.cluster.workflow_graph import GraphError, with_result
 
 ray = pytest.importorskip("ray")
 LOADER = IMPORT_PACK + "from featherweight.cluster import embedded_comfyui\n"
 
 
-def answering_worker() -> type[PromptWorker]:
-    """Returns a worker class that can also return the `PromptResult` of a graph."""
-    class AnsweringWorker(PromptWorker):
-        async def answer(self, graph):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.threads, self.host.run, graph)
+def answering_worker() -> type[Worker]:
+    """Returns a worker class that returns the files of a graph."""
+    class AnsweringWorker(Worker):
+        def answer(self, graph):
+            return self.running_host().run(graph)
 
     return AnsweringWorker
 
@@ -36,7 +34,7 @@ def answering_worker() -> type[PromptWorker]:
 @pytest.fixture(scope="module")
 def worker(cluster):
     """Yields a worker on the machine whose pack has another name."""
-    actor = ray.remote(answering_worker()).options(num_cpus=1, max_concurrency=8, label_selector={
+    actor = ray.remote(answering_worker()).options(num_cpus=1, label_selector={
         "ray.io/node-id": cluster.nodes["attic"].node_id}).remote()
     yield actor
     ray.kill(actor)
@@ -87,27 +85,15 @@ def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
     )
 
 
-def begin(worker, graph, prompt_id="", extra=None):
-    """Starts a prompt and returns the stream of its events."""
-    return worker.render.options(num_returns="streaming").remote(
-        with_result(graph, ["8", 0]), extra or {}, prompt_id or str(uuid.uuid4()))
-
-
-def events_left(stream):
-    """Returns all (event, data) of a stream that are still to come."""
-    return [ray.get(ref, timeout=300) for ref in stream]
-
-
 def drawn(worker, graph):
-    """Runs a graph and returns (files, images)."""
-    answer = ray.get(worker.answer.remote(graph), timeout=300)
-    return answer.files, answer.images
+    """Runs a graph and returns its files."""
+    return ray.get(worker.answer.remote(graph), timeout=300)
 
 
 def test_a_worker_draws_what_a_plain_comfyui_draws(worker, plain):
     texts = [changes(index) for index in range(3)]
     graphs = [workflow(text["4.text"], text["7.seed"]) for text in texts]
-    files = [drawn(worker, graph)[0] for graph in graphs]
+    files = [drawn(worker, graph) for graph in graphs]
     assert [list(names) for names in files] == [["9_0.png"]] * 3
     assert [content["9_0.png"] for content in files] == [plain(graph) for graph in graphs]
 
@@ -123,17 +109,20 @@ def test_machines_of_a_ray_that_does_not_say_what_is_free_count_as_busy(cluster,
     assert Share(1).free() == {}
 
 
-def test_pictures_come_back_as_a_tensor(worker):
-    graph = workflow(save=False)
-    files, images = drawn(worker, with_result(graph, ["8", 0]))
-    assert files == {}
-    assert images.shape == (1, 128, 128, 3)
-    assert events_left(begin(worker, graph))[-1][1].tobytes() == images.numpy().tobytes()
+def test_images_are_saved_as_they_are(worker):
+    """And again if the same graph runs again, whose other outputs are cached."""
+    graph, name = with_result(workflow(save=False), ["8", 0])
+    for _ in range(2):
+        files = drawn(worker, graph)
+        assert [*files] == [f"{name}_0.npy"]
+        images = numpy.load(io.BytesIO(files[f"{name}_0.npy"]))
+        assert (images.shape, images.dtype) == ((1, 128, 128, 3), numpy.float32)
+        assert (images * 255 % 1).any()  # more than 8 bits
 
 
 def test_a_graph_drawn_again_gives_its_files_again_byte_for_byte(worker):
     """ComfyUI has cached its outputs, but the files are gone; with and without a graph between."""
-    files = [drawn(worker, workflow(seed=seed))[0] for seed in (11, 11, 12, 11)]
+    files = [drawn(worker, workflow(seed=seed)) for seed in (11, 11, 12, 11)]
     assert list(files[0]) == ["9_0.png"]
     assert files[0] == files[1] == files[3] != files[2]
 
@@ -159,56 +148,7 @@ def test_a_class_that_is_not_there_is_the_machines_fault(worker):
         drawn(worker, graph)
 
 
-def test_cancelling_one_prompt_leaves_the_others(worker, plain):
-    """Cancelling a prompt that waits does not end the one that runs, and the next is right."""
-    first = begin(worker, workflow(seed=21, steps=40))
-    for seed in (22, 23):  # waits; runs
-        other = begin(worker, workflow(seed=seed, steps=400), f"{seed}")
-        if seed == 23:
-            assert ray.get(next(other), timeout=300) == ("begins", "attic")
-        ray.get(worker.cancel.remote(f"{seed}"), timeout=300)
-        events = {event for event, _ in events_left(other)}
-        assert events <= {"begins", "progress"}  # and no images
-        if seed == 22:
-            assert events_left(first)[-1][0] == "images"
-    assert drawn(worker, workflow(seed=24))[0]["9_0.png"] == plain(workflow(seed=24))
-
-
-def test_prompts_are_drawn_in_the_order_they_came(worker):
-    """ComfyUI's queue sorts prompts of one number by their ids, which are random."""
-    def tasks_of(worker):
-        return worker.host.server.prompt_queue.get_tasks_remaining()
-
-    deadline, waiting = time.monotonic() + 300, []
-    for seed in range(25, 31):
-        # the first runs until all are queued
-        graph = workflow(seed=seed, steps=2000 if seed == 25 else 2)
-        waiting.append(begin(worker, graph, f"{seed}").completed())
-        while ray.get(worker.__ray_call__.remote(tasks_of), timeout=300) < len(waiting):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    ray.get(worker.cancel.remote("25"), timeout=300)
-    ended, pending = [], waiting
-    while pending:
-        done, pending = ray.wait(pending, timeout=300)
-        assert done
-        ended += done
-    cancelled = waiting.pop(0)  # of which word may come later than of the next
-    ended.remove(cancelled)
-    assert ended == waiting
-
-
-def test_progress_and_previews_come_while_it_draws(worker):
-    stream = begin(worker, workflow(seed=31, steps=6), extra={"preview_method": "latent2rgb"})
-    events = events_left(stream)
-    names = [event for event, _ in events]
-    assert names[0] == "begins" and names[-1] == "images"
-    assert names.count("progress") == 6
-    previews = [data for event, data in events if event == "preview"]
-    assert previews and all(data.startswith((b"\xff\xd8", b"\x89PNG")) for data in previews)
-
-
-def exiting_worker() -> type[PromptWorker]:
+def exiting_worker() -> type[Worker]:
     """Returns a worker class whose ComfyUI has a node that ends the thread which runs it."""
     class Exit:
         RETURN_TYPES = ("IMAGE",)
@@ -222,7 +162,7 @@ def exiting_worker() -> type[PromptWorker]:
         def exit(self):
             raise SystemExit
 
-    class ExitingWorker(PromptWorker):
+    class ExitingWorker(answering_worker()):
         def boot(self, comfyui):
             host = super().boot(comfyui)
             host.node_classes["Exit"] = Exit
@@ -235,9 +175,10 @@ def test_a_node_that_ends_comfyuis_thread_is_an_error_and_the_next_prompt_has_an
         cluster):
     actor = ray.remote(exiting_worker()).options(num_cpus=1).remote()
     try:
-        event, reason = events_left(begin(actor, {"8": {"class_type": "Exit", "inputs": {}}}))[-1]
-        assert event == "unusable" and "ComfyUI's thread that runs prompts has ended" in reason
+        with pytest.raises(MachineError, match="ComfyUI's thread that runs prompts has ended"):
+            drawn(actor, {"8": {"class_type": "Exit", "inputs": {}},
+                          "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}}})
         with pytest.raises(ray.exceptions.ActorDiedError):  # for which a pool starts another
-            events_left(begin(actor, workflow(save=False)))
+            drawn(actor, workflow())
     finally:
         ray.kill(actor)

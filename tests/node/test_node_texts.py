@@ -18,7 +18,6 @@ from patched_models import flux_file, lora_for, packed_flux, patched
 from safetensors.torch import save_file
 
 import nodes as host_nodes
-from featherweight.cluster.image_collector import ImageCollector
 from featherweight.nodes import legacy, node_text
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
@@ -36,6 +35,7 @@ from featherweight.nodes.node_text import (
     text_sender,
 )
 from featherweight.nodes.place_model import PlaceModel
+from featherweight.nodes.run_on_ray import progress_text
 from featherweight.nodes.save_packed_model import SavePackedModel
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -85,10 +85,7 @@ def load_lora_of_another_width(model, folder):
 
 
 def run_on_ray(model, folder):
-    collector, show = ImageCollector(3, ()), text_sender()
-    show(collector.status_text())
-    collector.machines, collector.done = {0: "one", 1: "two"}, {0}
-    show(collector.status_text())
+    text_sender()(progress_text(1, 3, "attic has no file 'a.gguf'"))
 
 
 # What shows a text, by the source that asks for it: `loader_output` is every loader's.

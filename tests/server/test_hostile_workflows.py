@@ -397,7 +397,7 @@ def loaders(stranger, nodes: dict, port: int) -> list[dict]:
     return found
 
 
-def test_nor_does_one_on_ray_in_the_driver_and_its_workers(stranger, watch, nodes, accepted):
+def test_nor_does_one_on_ray_in_its_batch_and_its_workers(stranger, watch, nodes, accepted):
     pytest.importorskip("ray")
     honest = inputs_of(nodes[RAY]) | {"images": ["images", 0]}
     # Ray and a worker are there from now on
@@ -414,7 +414,7 @@ def test_nor_does_one_on_ray_in_the_driver_and_its_workers(stranger, watch, node
         wait(watch.server)
     watch.assert_nothing()
     programs = " ".join(stranger.audit.programs().values())
-    assert "cluster.ray_driver" in programs and "default_worker.py" in programs
+    assert "batch.py serve" in programs and "default_worker.py" in programs
 
 
 @pytest.mark.parametrize(

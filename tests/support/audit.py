@@ -180,7 +180,7 @@ class Audit:
     def is_known_program(self, texts: tuple[str, ...]) -> bool:
         """Whether it stands in the table of tests/security.md: a C++ compiler, and this Python with
         a text of the pack's own."""
-        from featherweight.cluster import ray_driver_pool
+        from featherweight.cluster import batch_child
         from featherweight.ops.kernels import cpp_backend
 
         command = texts[1]
@@ -191,7 +191,7 @@ class Audit:
                 or (f" {flags} " in command
                 and f" -o {self.own[1]}" in command)
             )
-        return command == f"{sys.executable} -c {ray_driver_pool.START} {ray_driver_pool.PACK}"
+        return command == f"{sys.executable} {batch_child.BATCH} serve"
 
 
 def writes_file(texts: tuple[str, ...]) -> bool:

@@ -24,7 +24,7 @@ WRITING = tuple(f"loaders/{name}.py" for name in (
     "models/test_diffusion_quantizers"))
 # Files of tests that start nothing.
 COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
-    "address", "batch_rows", "workflow_variants", "page", "prompt_run", "batch_row_rendering"))
+    "address", "batch_rows", "workflow_variants", "page", "batch_row_rendering"))
 LONG_TURN = 2  # of `_turn`, of what takes long without waiting for others
 GROUP = " @ "  # before the name of a group, behind a test's id
 

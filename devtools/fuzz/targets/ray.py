@@ -1,11 +1,7 @@
-"""What *Run on Ray* takes from a workflow, and what comes back to it."""
-import io
+"""What *Run on Ray* takes from a workflow."""
 import json
 from pathlib import Path
 
-from hypothesis import strategies as st
-
-from ..strategies import changed_bytes, changed_json
 from . import Target, target
 from .workflow import as_text, loaded
 
@@ -48,10 +44,9 @@ def ray_request(folder: Path) -> Target:
     """a prompt on its way to Ray: what is before the node, and what differs from item to item"""
     # an input: JSON with a prompt, the link whose pictures are wanted, the number of items and
     # their lines of text
-    from featherweight.cluster import ray_driver_messages as messages
     from featherweight.cluster import workflow_graph as graphs
     from featherweight.cluster.comfyui_install import MachineError
-    from featherweight.cluster.workflow_variants import make_variants, nodes_affected
+    from featherweight.cluster.workflow_variants import make_variants
 
     nodes = {
         "1": ("Load", {"model_name": "a.gguf"}),
@@ -73,86 +68,17 @@ def ray_request(folder: Path) -> Target:
             return
         part = graphs.upstream(graphs.read(json.dumps(request.get("prompt"))), request["link"])
         changes = make_variants(part, count, texts)
-        assert len(changes) == count and nodes_affected(part, changes) <= part.keys()
-        sent = graphs.with_result(part, request["link"])
+        assert len(changes) == count
+        sent, _ = graphs.with_result(part, request["link"])
         for change in changes:
             drawn = graphs.apply_changes(sent, change)
             assert drawn.keys() == sent.keys() and graphs.classes(drawn) == graphs.classes(sent)
             graphs.digest(drawn)
             graphs.texts(drawn)
-        stream = io.BytesIO()
-        messages.write(stream, {"op": "run", "number": 0, "graph": sent, "changes": changes})
-        stream.seek(0)
-        found = messages.read(stream)
-        assert found is not None and found[0]["graph"].keys() == sent.keys()
+        line = json.dumps({"graph": sent, "changes": changes})
+        assert "\n" not in line and json.loads(line)["graph"].keys() == sent.keys()
 
     return Target(folder, [
         json.dumps({"prompt": each, "link": ["8", 0], "count": 3, "texts": texts}).encode()
         for each, texts in ((prompt, "red\nblue"), (other, "red\n\nblue"), (other, ""))
-    ], read, (graphs.GraphError, MachineError, messages.MessageError))
-
-
-def changed_message(data: bytes) -> st.SearchStrategy[bytes]:
-    """Returns a strategy of a message with another header; of a function that can be pickled."""
-    return _changed_message(data)
-
-
-@st.composite
-def _changed_message(draw, data: bytes) -> bytes:
-    length = int.from_bytes(data[:4], "big")
-    if 12 + length > len(data) or draw(st.booleans()):
-        return draw(changed_bytes(data))
-    header = draw(changed_json(data[12:12 + length]))
-    return len(header).to_bytes(4, "big") + data[4:12] + header + data[12 + length:]
-
-
-@target
-def ray_messages(folder: Path) -> Target:
-    """the stream between ComfyUI and the driver of Run on Ray"""
-    from featherweight.cluster import ray_driver_messages as messages
-
-    stream = io.BytesIO()
-    messages.write(stream, {"number": None, "event": "joined"}, b"")
-    messages.write(stream, {"number": 1, "event": "preview"}, b"\xff\xd8")
-
-    def read(data: bytes):
-        stream = io.BytesIO(data)
-        while (message := messages.read(stream)) is not None:
-            header, content = message
-            assert isinstance(header, dict) and len(content) <= len(data)
-
-    return Target(folder, [stream.getvalue(), stream.getvalue()[:40]], read,
-                  (messages.MessageError,), changes=changed_message)
-
-
-@target
-def ray_pictures(folder: Path) -> Target:
-    """what the driver of Run on Ray says: who draws, steps, and pictures"""
-    # an input: JSON, a list of [header, number of bytes of data]
-    from featherweight.cluster.comfyui_install import MachineError
-    from featherweight.cluster.image_collector import ImageCollector
-    from featherweight.cluster.workflow_graph import GraphError
-
-    events = [[{"event": "workers", "value": 2}, 0]]
-    for item in range(2):
-        events += [[{"event": "begins", "item": item, "value": "desk"}, 0],
-                   [{"event": "progress", "item": item, "value": ["7", 1, 2]}, 0],
-                   [{"event": "lost", "item": item, "value": None}, 0],
-                   [{"event": "image", "item": item, "index": 0, "of": 1, "shape": [2, 2, 3]}, 48]]
-
-    def read(data: bytes):
-        events = loaded(data)
-        collector = ImageCollector(2, {"7"})
-        for event in events if isinstance(events, list) else ():
-            match event:
-                case [dict(header), int(size)]:
-                    collector.receive({"item": 0, **header}, bytes(min(max(size, 0), 1 << 12)))
-                    done, total = collector.progress()
-                    assert isinstance(collector.status_text(), str)
-                    assert 0 <= done <= total or total < 0
-        assert collector.all_images().shape[0] % 2 == 0
-
-    return Target(folder, [json.dumps(each).encode() for each in (
-        events, [[{"event": "failed", "item": 0, "value": "why"}, 0]],
-        [[{"event": "unusable", "item": 1, "value": "desk: why"}, 0]])
-    ], read, (GraphError, MachineError), longest=1 << 13)
+    ], read, (graphs.GraphError, MachineError))
