@@ -16,7 +16,7 @@ import torch
 
 from ...child_process import end_process, is_ending, start_process
 from ..formats._names import formats_of_key
-from .kernel import Case, Kernel, SourceError, WrongResult, dtype_name
+from .kernel import Case, CompilerError, Kernel, SourceError, WrongResult, dtype_name
 from .validation import check
 from .waiting import WAIT_INTERVAL_SECONDS, host, side_by_side, start_thread
 
@@ -40,7 +40,9 @@ START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
          " pack = sys.modules.setdefault('featherweight', types.ModuleType('featherweight'));"
          " pack.__path__ = [sys.argv[1]];"
          " import featherweight.ops.kernels.checking_process as module; module.main()")
-COMMAND = sys.executable, "-c", START, str(PACK)
+# with the same flags: what "-s" leaves out, as portable ComfyUI does, may be another torch
+FLAGS = subprocess._args_from_interpreter_flags()
+COMMAND = sys.executable, *FLAGS, "-c", START, str(PACK)
 
 
 def verdict_on(kernel: Kernel, case: Case, device: torch.device,
@@ -52,7 +54,7 @@ def verdict_on(kernel: Kernel, case: Case, device: torch.device,
         is_quick: Whether the smallest case will do, for a kernel that is proven.
 
     Returns:
-        "right", "wrong", "refused", "failed", or "" where nothing is known, and why.
+        "right", "wrong", "faulty", "failed", or "open" where nothing is known, and why.
     """
     try:
         packed_format = None if case.layout is None else formats_of_key(case.layout)[0]
@@ -60,12 +62,13 @@ def verdict_on(kernel: Kernel, case: Case, device: torch.device,
     except WrongResult as error:
         return "wrong", str(error)
     except SourceError as error:
-        return "refused", str(error)[:500]
-    except (torch.OutOfMemoryError, MemoryError, OSError, subprocess.TimeoutExpired) as error:
-        return "", str(error)[:500] or repr(error)
+        return "faulty", str(error)[:500]
+    except (torch.OutOfMemoryError, MemoryError, OSError, subprocess.TimeoutExpired,
+            CompilerError) as error:
+        return "open", str(error)[:500] or repr(error)
     except Exception as error:  # a compiler or driver may raise anything
         is_open = is_ending() or "out of memory" in str(error)  # as drivers say it
-        return ("" if is_open else "failed"), repr(error)[:500]
+        return ("open" if is_open else "failed"), repr(error)[:500]
     return "right", ""
 
 
@@ -90,7 +93,7 @@ def check_here(device: torch.device, kernels: Kernels, take: Take, bar: Iterator
 
     def check_one(name: str, case: Case, kernel: Kernel):
         verdict, why = verdict_on(kernel, case, device, is_quick)
-        if not verdict:
+        if verdict == "open":
             failures[name] = why
         elif verdict != "right" or not is_quick:
             take(name, verdict, why)
@@ -146,7 +149,7 @@ class ProcessChecker:
             job = {"device": str(device), "backend": backend, "seconds": self._kernel_seconds,
                    "cases": [(case.capability, case.layout, dtype_name(case.dtype))
                              for case in dict.fromkeys(case for case, _ in waiting.values())],
-                   "kernels": [*names]}
+                   "kernels": names}
             begun, since = "", time.monotonic()
             try:
                 self._send(job)
@@ -163,9 +166,8 @@ class ProcessChecker:
                         begun = ""
                         del waiting[name]
                         next(bar, None)
-                        if verdict:
-                            take(name, verdict, why)
-                        else:
+                        take(name, verdict, why)
+                        if verdict == "open":
                             failures[name] = why
             except EOFError:
                 status = self.end()
@@ -174,6 +176,8 @@ class ProcessChecker:
                 status, why = self.end(), str(error) or "the process that checks kernels hangs"
             except BaseException:  # the user cancelled
                 self.end()
+                if begun:
+                    take(begun, "open", "")
                 raise
             if begun:
                 del waiting[begun]
@@ -182,6 +186,7 @@ class ProcessChecker:
                     take(begun, "hung", f"it took more than {self._kernel_seconds:g} s")
                 elif -status in FOREIGN_SIGNALS or is_ending():
                     failures[begun] = why
+                    take(begun, "open", why)
                 else:
                     take(begun, "crashed", why)
             elif why:

@@ -5,11 +5,13 @@ input is a job, see `ProcessChecker`. It ends when its input ends, so that it ne
 parent, and after a minute without a job. It writes a line of JSON before each kernel and one after
 it: a first line without the second names the kernel that ended the process.
 """
+import contextlib
 import ctypes
 import faulthandler
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 
@@ -21,6 +23,7 @@ from ..formats._names import formats_of_key
 from .checker import TOO_LITTLE_MEMORY, free_bytes, verdict_on
 from .kernel import Backend, Case, Kernel
 from .registry import import_backend
+from .verdicts import Verdicts, being_checked, withdraw_all
 
 FREE_TO_GO_ON = 1_000_000_000  # bytes of the device, less by what the process itself takes
 MAX_DEVICE_BYTES = 1 << 30  # that torch may take of the device
@@ -47,7 +50,8 @@ class Checks:
                 for kernel in case.kernels(backend, packed_format):
                     name = case.kernel_name(backend.name, kernel)
                     if name in job["kernels"]:
-                        self._check(name, kernel, case, device, job["seconds"])
+                        with _begun(job["kernels"][name], device, backend):
+                            self._check(name, kernel, case, device, job["seconds"])
             why = ""
         except Exception as error:  # a driver may raise anything
             why = str(error)[:500] or repr(error)
@@ -88,6 +92,15 @@ class Checks:
         self._results.flush()
 
 
+@contextlib.contextmanager
+def _begun(name: str, device: torch.device, backend: Backend):
+    """Has a check that the end of the parent ends withdrawn: the parent stores no more."""
+    with contextlib.suppress(OSError):
+        being_checked[name] = Verdicts.of_device(device, backend)
+    yield
+    being_checked.pop(name, None)
+
+
 def _touch(device: torch.device):
     torch.zeros(1, dtype=torch.float32, device=device).item()
 
@@ -105,6 +118,7 @@ def _end_without_device(device: torch.device):
 def _read_jobs(jobs: "queue.SimpleQueue[dict]"):
     for line in sys.stdin.buffer:
         jobs.put(json.loads(line))
+    withdraw_all()
     end_all()  # compilers
     os._exit(0)
 
@@ -123,6 +137,7 @@ def main():
     checks = Checks(os.fdopen(os.dup(1), "w"))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # drivers and compilers may write there
     _disable_crash_reports()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it withdraws its check after its parent's end
     psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICE))
     jobs: queue.SimpleQueue[dict] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()

@@ -30,12 +30,11 @@ from .. import cpu_features
 from ..formats.base import Format, Grid
 from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
-from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
 from ..quantize.row_encoder import RowEncoder
 from .int8_codes import LARGEST_CODE, TINY
-from .kernel import Backend, Kernel, SourceError, block_length
+from .kernel import Backend, CompilerError, Kernel, block_length, compiler_error
 from .kernel_source import (
     C_TYPES,
     DITHER,
@@ -129,12 +128,6 @@ def install_advice() -> str:
     return f'"{sys.executable}" -m pip install ziglang'
 
 
-@short_error_name
-class CppError(RuntimeError):
-    """There is no compiler, it refused a kernel, or no folder can hold one. The message says
-    which."""
-
-
 class CppCompiler:
     """Compiles sources to libraries, which it keeps and loads.
 
@@ -163,7 +156,7 @@ class CppCompiler:
         """Returns a source's functions. It is compiled once for each compiler and CPU model.
 
         Raises:
-            CppError
+            CompilerError
         """
         name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
         folders, errors = self._folders, []
@@ -175,7 +168,7 @@ class CppCompiler:
             else:
                 self._folders = folders[index:]
                 return library
-        raise CppError(
+        raise CompilerError(
             f"no folder can be written and run from; XDG_CACHE_HOME names another one:"
             f" {'; '.join(errors)}"
         )
@@ -185,7 +178,7 @@ class CppCompiler:
 
         Raises:
             SourceError: The compiler found a fault in the source.
-            CppError: It failed.
+            CompilerError: It failed otherwise.
             OSError: The folder cannot be used.
         """
         if path := kept(folder, name, SUFFIX):
@@ -196,11 +189,12 @@ class CppCompiler:
             if self._openmp is None:
                 error = self._build(Path(scratch, "openmp.cpp"), OPENMP_SOURCE, OPENMP,
                                     *NO_MISSING)
+                if error and (without := self._build(Path(scratch, "openmp.cpp"), OPENMP_SOURCE)):
+                    raise CompilerError(f"{' '.join(self.command)}: {without}")
                 self._openmp = () if error else (OPENMP,)
             file = Path(scratch, "kernel.cpp")
             if error := self._build(file, source, *self._openmp):
-                error_class = SourceError if "error:" in error else CppError  # or it was killed
-                raise error_class(f"{' '.join(self.command)}: {error}")
+                raise compiler_error(file.name, error)(f"{' '.join(self.command)}: {error}")
             built = file.with_suffix(SUFFIX)
             built.chmod(0o700)
             return keep(folder, name, SUFFIX, built)
@@ -214,7 +208,7 @@ class CppCompiler:
         """
         file.write_text(source, encoding="utf-8")
         scratch = ("TMPDIR", "TEMP", "TMP", "ZIG_LOCAL_CACHE_DIR")
-        environment = {**os.environ, **dict.fromkeys(scratch, str(file.parent)),
+        environment = {**os.environ, "LC_ALL": "C", **dict.fromkeys(scratch, str(file.parent)),
                        "ZIG_GLOBAL_CACHE_DIR": str(file.parent.with_name("zig"))}
         process = run_process(*self.command, *self._flags, *flags, str(file), "-o",
                               str(file.with_suffix(SUFFIX)), seconds=COMPILE_SECONDS,
@@ -482,7 +476,7 @@ def _threads(values: int) -> int:
 @functools.cache
 def _kernels() -> CpuKernels:
     if (command := cpp_compiler()) is None:
-        raise CppError(f"{NO_COMPILER}: {install_advice()}, then a restart")
+        raise CompilerError(f"{NO_COMPILER}: {install_advice()}, then a restart")
     return CpuKernels(CppCompiler(command, cache_folder() / "kernels"))
 
 

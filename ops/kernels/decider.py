@@ -18,7 +18,7 @@ from .kernel_source import made_of
 from .private_files import cache_folder, private_folder
 from .registry import import_backend
 from .validation import ISSUES, report_wrong
-from .verdicts import VERDICTS, Verdicts, digest_of
+from .verdicts import Verdicts, digest_of
 from .waiting import host, wait
 
 REASON_LENGTH = 400  # characters in the log of why a backend does not work
@@ -200,10 +200,10 @@ class Decider:
         return self._checker.check(self.device, self._name, kernels, self._take, bar)
 
     def _take(self, name: str, verdict: str, why: str = ""):
-        """Takes a verdict on a kernel, and stores it where it is one for other processes too."""
-        if verdict != "begun":
+        """Takes a verdict on a kernel, and stores it, see `Verdicts.add`."""
+        if verdict not in ("begun", "open"):
             self._lines[name] = {"verdict": verdict, "why": why}
-        if verdict in VERDICTS and self._verdicts is not None:
+        if self._verdicts is not None:
             try:
                 self._verdicts.add(name, verdict, why)
             except OSError as error:
@@ -213,7 +213,7 @@ class Decider:
         elif verdict in ("crashed", "hung"):
             log.warning("A kernel %s on %s (%s: %s), so torch does its work, slower; please report"
                         " this line at %s.", verdict, device_name(self.device), name, why, ISSUES)
-        elif verdict in ("refused", "failed"):
+        elif verdict in ("faulty", "failed"):
             log.debug("%s is off on %s: %s, %s", name, self.device, verdict, why)
 
     def _decision(self, kernels: dict[str, Kernel], failures: dict[str, str]) -> Decision:

@@ -1,4 +1,5 @@
 """What a backend offers (`Backend`, `Kernel`) and what a layer needs (`Case`)."""
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,18 @@ Need = tuple[str, Format | None, torch.dtype]
 @short_error_name
 class SourceError(RuntimeError):
     """A compiler found a fault in a kernel's source. The message is the compiler's."""
+
+
+@short_error_name
+class CompilerError(RuntimeError):
+    """A kernel was not compiled for another reason than its source. The message says which."""
+
+
+def compiler_error(file: str, output: str) -> type[SourceError | CompilerError]:
+    """Returns which error a compiler's failure is: a fault of the source only where its output
+    names a line of `file`. One without memory or space on the drive fails too."""
+    line = rf"(?m)(^|[/\\]){re.escape(file)}(:\d+:\d+|\(\d+\)): error\b"
+    return SourceError if re.search(line, output) else CompilerError
 
 
 @short_error_name

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..pickle_names import short_error_name
-from .kernel import SourceError
+from .kernel import compiler_error
 
+SOURCE_FILE = "featherweight.cu"  # as a compiler's messages name the source
 ON_WINDOWS = sys.platform == "win32"
 # CUdevice_attribute
 COMPUTE_CAPABILITY_MAJOR = 75
@@ -171,14 +172,15 @@ class Compiler:
 
         Raises:
             SourceError: The source has a fault.
-            GpuError: It failed.
+            CompilerError: It failed otherwise.
+            GpuError: It knows no such GPU.
         """
         output = self._api.code
         if self._api is CUDA:
             architecture, output = self._known(architecture)
         options = [f"{self._api.architecture}={architecture}", *self._api.options]
         program = c_void_p()
-        self._call("CreateProgram", byref(program), source.encode(), b"featherweight.cu", 0, None,
+        self._call("CreateProgram", byref(program), source.encode(), SOURCE_FILE.encode(), 0, None,
                    None)
         try:
             try:
@@ -186,8 +188,8 @@ class Compiler:
                            (c_char_p * len(options))(*(option.encode() for option in options)))
             except GpuError as error:
                 compiler_log = self._output(program, "ProgramLog").rstrip(b"\0").decode()
-                error_class = SourceError if "error" in compiler_log else GpuError
-                raise error_class(f"{error}: {compiler_log}") from None
+                raise compiler_error(SOURCE_FILE, compiler_log)(
+                    f"{error}: {compiler_log}") from None
             return self._output(program, output)
         finally:
             self._call("DestroyProgram", byref(program))

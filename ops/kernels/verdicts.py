@@ -1,4 +1,6 @@
 """Stores the verdicts on a device's kernels, in an append-only file in the user's cache."""
+import atexit
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -21,9 +23,11 @@ from .private_files import cache_folder, is_private, private_folder
 
 MAX_FILE_BYTES = 4 << 20
 COMPUTER_STARTED = psutil.boot_time()  # seconds since 1970
-# "refused": the compiler found a fault in the source. "begun": it is being checked; where the
-# computer was started again since, it has ended with the kernel, which counts as a crash.
-VERDICTS = ("right", "wrong", "crashed", "refused", "begun")
+# "faulty": the compiler found a fault in the source. "begun": it is being checked; where the
+# computer was started again since, it has ended with the kernel, which counts as a crash. "open":
+# that check has ended without a verdict. "refused" of 0.2.3, also of compilers that were killed,
+# counts no more.
+VERDICTS = ("right", "wrong", "crashed", "faulty", "begun", "open")
 COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12",
                      "rocm-sdk-core")
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
@@ -59,12 +63,19 @@ class Verdicts:
 
     def add(self, name: str, verdict: str, why: str = ""):
         """Appends a verdict with the current time, through to the drive, because what follows may
-        end the computer. Raises OSError.
+        end the computer; one that is none of `VERDICTS` only withdraws "begun". Raises OSError.
 
         While this process ends, nothing but "right" is known: compilers are killed."""
+        if verdict not in VERDICTS or (is_ending() and verdict != "right"):
+            verdict, why = "open", ""
+        if verdict == "open" and name not in being_checked:
+            return
+        if verdict == "begun":
+            being_checked[name] = self
         more = {"why": why} if why else {}
-        if verdict == "right" or not is_ending():
-            self._append(name=name, verdict=verdict, at=time.time(), **more)
+        self._append(name=name, verdict=verdict, at=time.time(), **more)
+        if verdict != "begun":
+            being_checked.pop(name, None)
 
     def read(self) -> dict[str, dict]:
         """Returns the last line of each name; none of a file that others may have written. Raises
@@ -73,7 +84,7 @@ class Verdicts:
         for name, line in list(lines.items()):
             if line["verdict"] == "begun" and line["at"] < COMPUTER_STARTED:
                 lines[name] = {**line, "verdict": "crashed", "why": "the computer ended meanwhile"}
-            elif line["verdict"] == "begun":
+            elif line["verdict"] in ("begun", "open"):
                 del lines[name]
         return lines
 
@@ -103,6 +114,17 @@ class Verdicts:
 
     def _is_own(self) -> bool:
         return is_private(self.path.parent, stat.S_ISDIR) and is_private(self.path, stat.S_ISREG)
+
+
+being_checked: dict[str, Verdicts] = {}  # kernels that are begun, of this process
+
+
+@atexit.register
+def withdraw_all():
+    """Withdraws what is begun: its check ends with this process."""
+    for name, verdicts in list(being_checked.items()):
+        with contextlib.suppress(OSError):
+            verdicts.add(name, "open")
 
 
 def is_verdict(line: object) -> bool:

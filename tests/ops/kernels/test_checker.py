@@ -2,9 +2,11 @@
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ from user_kernels import forget_decisions, put_back_host, undecided
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import checker, registry
+from featherweight.ops.kernels import checker, registry, verdicts
 from featherweight.ops.kernels.checker import ProcessChecker
 from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import Case
@@ -170,9 +172,44 @@ def test_a_cancel_ends_the_process_and_is_no_verdict(monkeypatch):
         assert decide(decider, "Q8_0") == ["right"]
 
 
+def after_reboot(name, monkeypatch) -> list[str]:
+    """The verdicts of a backend that count when the computer has been started again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts, "COMPUTER_STARTED", time.time() + 60)
+        decider = Decider(CPU, name)
+        decider._open_backend()
+        return [line["verdict"] for line in decider._lines.values()]
+
+
+@pytest.mark.parametrize(("name", "layout", "verdict"), [
+    ("planted", "Q5_1", "open"),  # there was no memory on the card
+    ("planted", "NF4", "open"),  # another program killed the process
+    ("planted", "Q5_K", "failed"), ("loops", "Q4_0", "hung")])
+def test_a_check_without_a_verdict_is_no_crash_after_a_reboot(name, layout, verdict, monkeypatch):
+    with deciding(name, seconds=HANG_SECONDS if verdict == "hung" else KERNEL_SECONDS) as decider:
+        assert decide(decider, layout) == [verdict]
+        assert "begun" in decider._verdicts.path.read_text()
+    assert after_reboot(name, monkeypatch) == []
+
+
+def test_a_cancelled_check_is_no_crash_after_a_reboot(monkeypatch):
+    class Cancelled(Exception):
+        pass
+
+    with deciding("loops") as decider:
+        def cancel():
+            if "begun" in decider._verdicts.path.read_text():
+                raise Cancelled
+
+        monkeypatch.setattr(host, "raise_if_cancelled", cancel)
+        with pytest.raises(Cancelled):
+            decide(decider, "Q4_0")
+    assert after_reboot("loops", monkeypatch) == []
+
+
 BEGINS = ("import json, os, signal, sys; job = json.loads(sys.stdin.readline());"
           " signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # which nohup ignores
-          " print(json.dumps({'kernel': job['kernels'][0], 'verdict': 'begun'}), flush=True);")
+          " print(json.dumps({'kernel': [*job['kernels']][0], 'verdict': 'begun'}), flush=True);")
 
 
 @pytest.mark.parametrize(("script", "verdict", "words"), [
@@ -237,7 +274,8 @@ decider = Decider(torch.device("cpu"), name, ProcessChecker(planted_backends.COM
 needed = [("dequantize", FORMATS["Q4_0"], torch.float32)]
 start_thread(lambda: decider.decide(needed, False), "decides")
 end = time.monotonic() + 300
-while not (folder / name).exists():
+while not ((folder / name).exists() and any(
+        b"begun" in file.read_bytes() for file in folder.rglob("*.jsonl"))):
     assert time.monotonic() < end
     time.sleep(0.05)
 print("checking", flush=True)
@@ -252,8 +290,10 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "ends"])
 @pytest.mark.parametrize("name", ["loops", "holds_on"])
-def test_no_process_outlives_the_one_that_started_it(name, is_killed, tmp_path, monkeypatch):
-    """Whose kernel keeps Python from running, that ends when the kernel's time is up."""
+def test_no_process_outlives_the_one_that_started_it_and_its_check_is_no_crash_after_a_reboot(
+        name, is_killed, tmp_path, monkeypatch):
+    """Whose kernel keeps Python from running, that ends when the kernel's time is up, and with a
+    parent that was killed it counts: there is nobody to say that the computer was fine."""
     monkeypatch.setenv(planted_backends.LOG, str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     more = "time.sleep(600)" if is_killed else ""
@@ -261,11 +301,30 @@ def test_no_process_outlives_the_one_that_started_it(name, is_killed, tmp_path, 
         [sys.executable, "-c", PROCESS + more, str(PACK), str(PACK / "tests" / "support"),
          str(tmp_path), name], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "checking\n"
+    pid = int((tmp_path / name).read_text())
     if is_killed:
+        if name == "loops":
+            os.kill(pid, signal.SIGTERM)  # as all processes get it where the computer shuts down
         parent.kill()
     _, errors = parent.communicate(timeout=LONG)
     assert is_killed or (parent.returncode == 0 and not errors)
-    wait_until(lambda: not is_alive(int((tmp_path / name).read_text())))
+    wait_until(lambda: not is_alive(pid))
+    assert after_reboot(name, monkeypatch) == (
+        ["crashed"] if (name, is_killed) == ("holds_on", True) else [])
+
+
+def test_the_process_has_the_flags_of_the_one_that_starts_it():
+    """Portable ComfyUI starts with -s; without it another torch may be imported."""
+    script = ("import json, sys, types; pack = types.ModuleType('featherweight');"
+              " pack.__path__ = [sys.argv[1]]; sys.modules['featherweight'] = pack;"
+              " from featherweight.ops.kernels.checker import COMMAND; print(json.dumps(COMMAND))")
+    for flags in ([], ["-s"], ["-E", "-s"]):
+        command = json.loads(subprocess.run(
+            [sys.executable, *flags, "-c", script, str(PACK)], capture_output=True, text=True,
+            timeout=LONG, check=True).stdout)
+        command[-2] = "import sys; print(sys.flags.no_user_site, sys.flags.ignore_environment)"
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert printed.split() == [str(int("-s" in flags)), str(int("-E" in flags))]
 
 
 def test_a_forked_process_that_ends_ends_no_program():
@@ -296,7 +355,7 @@ builtins.__import__ = refused
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
 def test_the_kernels_of_a_cpu_are_right_there_without_the_host_and_its_packages():
     command = [*checker.COMMAND]
-    command[2] = REFUSES_THE_HOST + command[2]
+    command[-2] = REFUSES_THE_HOST + command[-2]
     with deciding("cpp", tuple(command), 240) as decider:
         needed = [("linear", FORMATS["Q4_K"], torch.float16),
                   ("dequantize", FORMATS["Q4_K"], torch.float16),

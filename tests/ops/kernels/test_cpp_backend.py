@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -24,8 +25,8 @@ from kernel_cases import (
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
-from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
-from featherweight.ops.kernels.kernel import SourceError
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
+from featherweight.ops.kernels.kernel import Case, CompilerError, SourceError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.packing import pack_tensor as quantize
@@ -93,7 +94,7 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
     for machine, works in (("aarch64", True), ("x86_64", False)):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         on_cpu = CpuKernels(CppCompiler((str(command),), tmp_path / machine))
-        with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
+        with contextlib.nullcontext() if works else pytest.raises(CompilerError, match="what"):
             on_cpu.dequantize(fmt, tensors, torch.empty(64), 0)
 
 
@@ -336,6 +337,59 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
         obstacle == "no compiler")
     assert reason in kernel_layer.used(CPU, [fmt], out.dtype)
     assert reason in kernel_layer._deciders[CPU].reason
+
+
+# what happens to the machine's compiler -> (how it is started then, what it says)
+FAULTS = {
+    "killed": ("-wrapper sh,-c,'kill -9 $$'", "fatal error: Killed signal"),
+    "file size limit": ("ulimit -f 8", "File size limit exceeded"),
+    "full drive": ("mount", "No space left on device"),
+    "no memory": ("ulimit -v 40000", ""),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "clang" in COMMAND, reason="needs GCC on Linux")
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_compiler_without_means_is_no_verdict_and_the_kernel_is_used_once_it_has_them(
+        fault, monkeypatch, tmp_path):
+    how, words = FAULTS[fault]
+    compiler, on = tmp_path / "compiler", tmp_path / "on"
+    start = f'{COMMAND} {how} "$@"' if fault == "killed" else f'{how}; exec {COMMAND} "$@"'
+    if fault == "full drive":  # a small one is put over the folder that the compiler works in
+        start = (f'cp "$SOURCE" {tmp_path}/source; mount -t tmpfs -o size=24k none "$TMPDIR"'
+                 f' && cp {tmp_path}/source "$SOURCE" && exec {COMMAND} "$@"')
+        start = f"export SOURCE=\"$TMPDIR/kernel.cpp\"; exec unshare -rm sh -c '{start}' sh \"$@\""
+        if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path]).returncode:
+            pytest.skip("this user may mount nothing")
+    compiler.write_text(f'#!/bin/sh\nif [ -e {on} ]; then\n{start}\nelse exec {COMMAND} "$@"; fi\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(cpp_backend, "FLAGS",
+                        tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
+    first, later = ([("dequantize", FORMATS[name], torch.float32)] for name in ("Q4_0", "Q4_1"))
+    kernel_layer.decide(CPU, first)
+    on.touch()
+    kernel_layer.decide(CPU, later)
+    decider = kernel_layer._deciders[CPU]
+    decision = decider.find(Case.of(*later[0]))
+    assert decision.verdict == "open" and words in decision.why
+    assert "refused" not in decider._verdicts.path.read_text()
+    on.unlink()
+    kernel_layer.decide(CPU, later)  # the next load
+    assert decider.find(Case.of(*later[0])).verdict == "right"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "clang" in COMMAND, reason="needs GCC on Linux")
+def test_a_compiler_that_is_killed_at_first_leaves_no_kernel_without_threads(tmp_path):
+    compiler = CppCompiler((COMMAND,), tmp_path)
+    flags = compiler._flags
+    compiler._flags += "-wrapper", "sh,-c,kill -9 $$"
+    with pytest.raises(CompilerError, match="Killed"):
+        compiler.library(cpp_backend.OPENMP_SOURCE)
+    compiler._flags = flags
+    compiler.library(cpp_backend.OPENMP_SOURCE)
+    assert compiler._openmp == (cpp_backend.OPENMP,)
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")

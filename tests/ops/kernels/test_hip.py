@@ -12,11 +12,11 @@ from kernel_cases import BLOCK_FORMATS, ONE_OF_EACH_BLOCK, USUAL_ROWS
 
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.cuda_backend import Program, alignment
+from featherweight.ops.kernels.kernel import SourceError
 from featherweight.ops.kernels.runtime_compiler import (
     HIP,
     Architecture,
     Compiler,
-    GpuError,
     compiler_libraries,
 )
 
@@ -120,5 +120,5 @@ def test_hiprtc_compiles_every_source(hiprtc, architecture):
 
 
 def test_hiprtcs_error_is_in_the_message(hiprtc):
-    with pytest.raises(GpuError, match="(?s)hiprtcCompileProgram.*nonsense"):
+    with pytest.raises(SourceError, match="(?s)hiprtcCompileProgram.*nonsense"):
         hiprtc.compile("int x = nonsense;", RDNA2.name)

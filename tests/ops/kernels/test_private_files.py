@@ -12,7 +12,7 @@ import pytest
 from unsafe_files import each_reason
 
 from featherweight.ops.kernels import cpp_backend, private_files
-from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CompilerError
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SOURCE = 'extern "C" int answer() { return 1; }\n'
@@ -261,6 +261,6 @@ def test_where_no_folder_can_run_a_kernel_the_error_says_why(tmp_path, monkeypat
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "missing"),))
     refuses_to_run(tmp_path)
     with pytest.raises(
-            CppError,
+            CompilerError,
             match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):
         CppCompiler((COMMAND,), tmp_path / "cache" / "kernels").library(SOURCE)

@@ -51,6 +51,24 @@ def test_a_kernel_with_which_the_computer_ended_is_not_run_again(verdicts, monke
     assert known(reopened()) == {"before": "right", NAME: "crashed"}
 
 
+@pytest.mark.parametrize("verdict", ["open", "failed", "hung"])
+def test_a_check_that_ends_without_a_verdict_is_withdrawn(verdict, verdicts, monkeypatch):
+    verdicts.add(NAME, verdict)
+    assert "open" not in verdicts.path.read_text()  # it was not begun
+    verdicts.add(NAME, "begun")
+    verdicts.add(NAME, verdict)
+    monkeypatch.setattr(module, "COMPUTER_STARTED", module.time.time() + 60)
+    assert known(reopened()) == {}
+
+
+def test_what_an_earlier_version_stored_as_refused_is_asked_again(verdicts):
+    """A compiler that was killed, or had no room on the drive, counted so."""
+    verdicts._append(name=NAME, verdict="refused", at=module.time.time(), why="Killed signal")
+    assert known(reopened()) == {}
+    verdicts.add(NAME, "faulty", why="so")
+    assert known(reopened()) == {NAME: "faulty"}
+
+
 @pytest.mark.parametrize("verdict", VERDICTS)
 def test_an_ending_process_stores_nothing_against_a_kernel(verdict, verdicts, monkeypatch):
     monkeypatch.setattr(child_process, "_ending", True)
