@@ -4,13 +4,12 @@ The copy has all else that the model has, whatever loaders and other nodes have 
 MODEL's own patches, hooks, wrappers and options. The model stays as it is.
 """
 import copy
-import functools
-import inspect
+import hashlib
 import re
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from ...ops.tensor.packed_tensor import relabel
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
+from ..comfyui.load_check import NOTES_KEY, load_notes
 from ..comfyui.model_summary import PACK_STATS_KEY
 from ..container.weight_file import WeightFileError, first_line
 from ..name_lists import join_some
@@ -40,8 +40,11 @@ from ..progress import Progress
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
 from .pack_on_load import PackStats, pack_weights, size_of_target
+from .source_use import use_of_source
 
-ADVICE = "Put Pack Model (Featherweight) before the node that adds it."
+ADVICE = ("Put Pack Model (Featherweight) before the node that adds it, or choose `pack to` in a"
+          " loader of this pack.")
+PIECE_BYTES = 4096  # of each weight, by which a change is seen
 COPY = "featherweight_copy"  # attribute of the host's model: its `_Copy`
 # What the host and this pack keep on a model, and on its layers, while it is on a device.
 STATE = ("dynamic_patchers", "dynamic_pins", "dynamic_vbars", "packed_patches", "packed_residency",
@@ -57,6 +60,7 @@ class _Copy:
     Attributes:
         target: what was packed to.
         device: of the model.
+        source: `_fingerprint` of the model.
         rounded: what was rounded in: of each patch the weight and its numbers, and a reference to
             what it adds.
         patcher: of the copy, without patches.
@@ -65,13 +69,15 @@ class _Copy:
 
     target: str
     device: torch.device
+    source: str
     rounded: Sequence[tuple[tuple, Callable[[], Any]]]
     patcher: Any
     stats: PackStats
 
-    def is_of(self, target: str, device: torch.device, rounded: Sequence) -> bool:
+    def is_of(self, target: str, device: torch.device, source: str, rounded: Sequence) -> bool:
         """Returns whether it is what packing would give."""
-        return (self.target, self.device, len(self.rounded)) == (target, device, len(rounded)) and (
+        return (self.target, self.device, self.source, len(self.rounded)) == (
+            target, device, source, len(rounded)) and (
             all(numbers == own and added() is not None and added() is own_added()
                 for (numbers, added), (own, own_added) in zip(rounded, self.rounded)))
 
@@ -139,7 +145,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     """
     model: Any = patcher.model
     _unload(model)  # a part that is patched in would count as the model's
-    _reject_unpackable(patcher)
+    notes = _reject_unpackable(patcher)
     targets, file = Targets((pack_to,)), None
     if pack_to == FIT:
         file = _Model(patcher)
@@ -156,11 +162,10 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
                if (count := _rounded_patches(patches, round_loras))}
     patches = [_identity(key, patch) for key, count in rounded.items()
                for patch in patcher.patches[key][:count]]
-    made = getattr(model, COPY, None)
-    if made is None or not made.is_of(target, patcher.load_device, patches):
+    made, now = getattr(model, COPY, None), (target, patcher.load_device, _fingerprint(patcher))
+    if made is None or not made.is_of(*now, patches):
         vars(model).pop(COPY, None)  # before the next one is made
-        made = _Copy(target, patcher.load_device, patches,
-                     *_packed_copy(patcher, file or _Model(patcher), target, rounded))
+        made = _Copy(*now, patches, *_packed_copy(patcher, file or _Model(patcher), target, rounded))
         setattr(model, COPY, made)
     packed = _clone_for(made.patcher, patcher)
     if rounded:
@@ -169,6 +174,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
         packed.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(sorted(rounded.items())))
     made.stats.attach(packed)
     targets.attach(packed)
+    packed.set_attachments(NOTES_KEY, (*load_notes(patcher), *notes))
     return packed
 
 
@@ -198,37 +204,42 @@ def _unload(model: torch.nn.Module):
         comfy.model_management.free_memory(1e30, device, others)
 
 
-def _reject_unpackable(patcher):
-    """Raises WeightFileError for a model of which a copy would not compute the same."""
+def _reject_unpackable(patcher) -> list[str]:
+    """Raises WeightFileError for a model of which a copy would not compute the same. Returns
+    sentences on what may not have its effect on one."""
     reject_foreign_weights(patcher.model)
     if patcher.injections:
         raise WeightFileError(
             f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
             f" LoRA is, which a packed copy would not have. {ADVICE}")
-    own = set(map(id, patcher.model.modules()))
-    parts = {**patcher.object_patches, **{
-        f"{name}.{attribute}": value for name, module in patcher.model.named_modules()
-        for attribute, value in vars(module).items()}}
-    wrapped = [name for name, value in parts.items() if _uses_modules(value, own)]
-    wrapped += [name for name in (COMPILED,) if patcher.model_options.get(name)]
+    use = use_of_source(patcher)
+    wrapped = use.computing + [name for name in (COMPILED,) if patcher.model_options.get(name)]
     if wrapped:
         raise WeightFileError(
             f"Another node has wrapped {join_some(wrapped)} of the model, as torch.compile does,"
             f" which a packed copy would not have. {ADVICE}")
+    return [f"{join_some(names)} of another node {what}. If it does nothing, put Pack Model"
+            " (Featherweight) before that node." for names, what in (
+                (use.holding, "holds the model that is packed: what it changes there, the packed"
+                 " copy does not have"),
+                (use.unknown, "holds too much to be looked through: where it computes with parts of"
+                 " the model, the packed copy does not have that")) if names]
 
 
-def _uses_modules(value: Any, own: Container[int]) -> bool:
-    """Returns whether a part that another node has set would go on computing with a model's own
-    modules, of these `id`s, in a copy: wraps them, or is a function that was made with them."""
-    if isinstance(value, torch.nn.Module):
-        return any(id(module) in own for module in value.modules())
-    inside = []
-    if isinstance(value, functools.partial):
-        inside = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, (types.FunctionType, types.MethodType)):
-        inside = inspect.getclosurevars(getattr(value, "__func__", value)).nonlocals.values()
-    return any(id(each.__self__ if isinstance(each, types.MethodType) else each) in own
-               for each in inside)
+def _fingerprint(patcher) -> str:
+    """Returns what tells whether a model has been changed since: of each weight the bytes in its
+    middle and, where the host does not move it, its address."""
+    digest = hashlib.sha256(str(patcher.model.current_weight_patches_uuid).encode())
+    is_moved = not patcher.is_dynamic() and patcher.load_device != patcher.offload_device
+    for tensor in (*patcher.model.parameters(), *patcher.model.buffers()):
+        tensor = getattr(tensor, "_qdata", tensor).detach()
+        storage, count = tensor.untyped_storage(), min(PIECE_BYTES, tensor.nbytes)
+        first = tensor.storage_offset() * tensor.itemsize + (tensor.nbytes - count) // 2
+        piece = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        piece.set_(storage, min(first, storage.nbytes() - count), (count,), (1,))
+        digest.update(piece.cpu().numpy().tobytes())
+        digest.update(b"" if is_moved else str(tensor.data_ptr()).encode())
+    return digest.hexdigest()
 
 
 def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]

@@ -12,7 +12,7 @@ import pytest
 from unsafe_files import each_reason
 
 from featherweight.ops.kernels import cpp_backend, private_files
-from featherweight.ops.kernels.cpp_backend import CppCompiler, CompilerError
+from featherweight.ops.kernels.cpp_backend import CompilerError, CppCompiler
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SOURCE = 'extern "C" int answer() { return 1; }\n'
