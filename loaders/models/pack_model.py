@@ -165,7 +165,8 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
     made, now = getattr(model, COPY, None), (target, patcher.load_device, _fingerprint(patcher))
     if made is None or not made.is_of(*now, patches):
         vars(model).pop(COPY, None)  # before the next one is made
-        made = _Copy(*now, patches, *_packed_copy(patcher, file or _Model(patcher), target, rounded))
+        made = _Copy(*now, patches,
+                     *_packed_copy(patcher, file or _Model(patcher), target, rounded))
         setattr(model, COPY, made)
     packed = _clone_for(made.patcher, patcher)
     if rounded:
@@ -212,18 +213,23 @@ def _reject_unpackable(patcher) -> list[str]:
         raise WeightFileError(
             f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
             f" LoRA is, which a packed copy would not have. {ADVICE}")
-    use = use_of_source(patcher)
-    wrapped = use.computing + [name for name in (COMPILED,) if patcher.model_options.get(name)]
+    use, notes = use_of_source(patcher), []
+    wrapped = use["block"] + [name for name in (COMPILED,) if patcher.model_options.get(name)]
     if wrapped:
         raise WeightFileError(
             f"Another node has wrapped {join_some(wrapped)} of the model, as torch.compile does,"
             f" which a packed copy would not have. {ADVICE}")
-    return [f"{join_some(names)} of another node {what}. If it does nothing, put Pack Model"
-            " (Featherweight) before that node." for names, what in (
-                (use.holding, "holds the model that is packed: what it changes there, the packed"
-                 " copy does not have"),
-                (use.unknown, "holds too much to be looked through: where it computes with parts of"
-                 " the model, the packed copy does not have that")) if names]
+    if use["whole"]:
+        notes.append(
+            f"{join_some(use['whole'])} of another node holds the model that is packed: what it"
+            " changes there, the packed copy does not have. If it does nothing, put Pack Model"
+            " (Featherweight) before that node.")
+    if use["unknown"]:
+        notes.append(
+            f"{join_some(use['unknown'])} of another node holds too much to be looked through: if"
+            " it computes with parts of the model, these are not packed. Then put Pack Model"
+            " (Featherweight) before that node.")
+    return notes
 
 
 def _fingerprint(patcher) -> str:

@@ -5,57 +5,41 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
 MAX_DEPTH, MAX_OBJECTS = 6, 10_000  # that are looked through of one part
-CONTAINERS = (list, tuple, set, frozenset, collections.deque)
-# packages into whose objects nothing is looked
-CLOSED = {"asyncio", "comfy", "logging", "numpy", "threading", "torch"}
+CLOSED = {"asyncio", "comfy", "logging", "numpy", "threading", "torch"}  # packages: not objects of
 LEAVES = (type(None), bool, int, float, str, bytes, torch.Tensor, type, types.ModuleType)
+TREE = ("_parameters", "_buffers", "_modules")  # of a module
 
 
-class SourceUse(NamedTuple):
-    """The names of parts that other nodes have set on a model.
+def use_of_source(patcher: ModelPatcher) -> dict[str, list[str]]:
+    """Returns the names of the parts that a copy of a MODEL's model would share with it.
 
-    Attributes:
-        computing: those that are a block of the model, or call one.
-        holding: those that only hold the model.
-        unknown: those that hold too much to be looked through.
+    Returns:
+        By kind. "block": they are a block of the model, or call one. "whole": they hold the model.
+        "unknown": they hold too much to be looked through.
     """
-
-    computing: list[str]
-    holding: list[str]
-    unknown: list[str]
-
-
-def use_of_source(patcher: ModelPatcher) -> SourceUse:
-    """Returns what would use a MODEL's own model in a copy of it, in which blocks have copies too:
-    those in a function do not, since a copy has the same functions."""
-    found, finder = SourceUse([], [], []), _Finder(patcher)
-    for name, value, is_copied in _parts(patcher):
-        kinds, names = finder.look_into(value, is_copied)
-        if "block" in kinds or ("whole" in kinds and names & finder.computing):
-            found.computing.append(name)
-        elif "whole" in kinds:
-            found.holding.append(name)
-        elif "unknown" in kinds:
-            found.unknown.append(name)
+    found: dict[str, list[str]] = {"block": [], "whole": [], "unknown": []}
+    finder = _Finder(patcher.model)
+    for name, value, is_copied in _parts(patcher, finder.own):
+        kinds = finder.kinds_in(value, is_copied)
+        if kind := next((kind for kind in found if kind in kinds), None):
+            found[kind].append(name)
     return found
 
 
-def _parts(patcher: Any) -> Iterator[tuple[str, Any, bool]]:
+def _parts(patcher: Any, own: set[int]) -> Iterator[tuple[str, Any, bool]]:
     """Yields the name and value of each part, and whether a copy of the model has a copy of it."""
-    own = set(map(id, patcher.model.modules()))
     for name, value in patcher.object_patches.items():
         is_bound = isinstance(value, types.MethodType) and id(value.__self__) in own
         yield name, value.__func__ if is_bound else value, False  # it is bound to the copy
     for name, module in patcher.model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in ("_parameters", "_buffers", "_modules"):
-                yield f"{name}.{attribute}", value, True
+        yield from ((f"{name}.{attribute}", value, True)
+                    for attribute, value in vars(module).items() if attribute not in TREE)
     options = dict(patcher.model_options)
     inner = options.pop("transformer_options", {})
     for group in (options, inner, {"wrappers": patcher.wrappers, "callbacks": patcher.callbacks}):
@@ -72,26 +56,23 @@ def _flat(name: str, value: Any, levels: int = 3) -> Iterator[tuple[str, Any]]:
 
 
 class _Finder:
-    """Looks for a model in objects. computing: names by which a function that has the whole model
-    gets to its blocks."""
+    """Looks for a model, and for its modules, in objects."""
 
-    def __init__(self, patcher: ModelPatcher):
-        self._model: Any = patcher.model
-        network = self._model.diffusion_model
-        self._wholes = {id(self._model), id(network)}  # what has them may do so for a setting
-        self._blocks = {id(module) for module in self._model.modules()
-                        if next(module.parameters(), None) is not None} - self._wholes
-        self._with_weights = self._blocks | self._wholes
-        self._own = set(map(id, self._model.modules()))
+    def __init__(self, model: Any):
+        self._model, network = model, model.diffusion_model
+        self.own = set(map(id, model.modules()))
+        self._blocks = {id(module) for module in model.modules()
+                        if next(module.parameters(), None) is not None}
+        self._wholes = {id(model), id(network)}
         classes = type(network).__mro__[:type(network).__mro__.index(torch.nn.Module)]
-        self.computing = {"apply_model", "forward", *(
+        # by which a function that has the whole model gets to its blocks
+        self._names = {"apply_model", "forward", *(
             name for name, child in network.named_children() if id(child) in self._blocks), *(
             name for each in classes for name, value in vars(each).items()
             if isinstance(value, types.FunctionType) and not name.startswith("__"))}
 
-    def look_into(self, value: Any, is_copied: bool) -> tuple[set[str], set[str]]:
-        """Returns which of "block", "whole" and "unknown" are reached, and the names in the code of
-        functions on the way."""
+    def kinds_in(self, value: Any, is_copied: bool) -> set[str]:
+        """Returns the kinds, see `use_of_source`, of what is reached from an object."""
         kinds: set[str] = set()
         names: set[str] = set()
         seen: dict[tuple[int, bool], Any] = {}
@@ -102,64 +83,65 @@ class _Finder:
                 continue
             seen[id(value), is_copied] = value
             if depth > MAX_DEPTH or len(seen) > MAX_OBJECTS:
-                return kinds | {"unknown"}, names
-            if kind := self._kind(value):
-                kinds |= {kind} - ({"block", "whole"} if is_copied else set())
+                kinds.add("unknown")
+                break
+            kind = self._kind(value)
+            if kind and not is_copied:
+                kinds.add(kind)
             if kind and not isinstance(value, types.MethodType):
                 continue
-            is_atomic = isinstance(value, (types.FunctionType, weakref.ref))  # for copy.deepcopy
             names |= _names_in(value)
-            waiting.extend((each, is_copied and not is_atomic, depth + 1)
-                           for each in _inside(value, is_whole=not kind))
-        return kinds, names
+            # copy.deepcopy copies neither functions nor weak references
+            is_copied = is_copied and not isinstance(value, (types.FunctionType, weakref.ref))
+            waiting.extend((each, is_copied, depth + 1) for each in _inside(value)
+                           if not kind or each is not value.__self__)
+        return kinds | {"block"} if "whole" in kinds and names & self._names else kinds
 
     def _kind(self, value: Any) -> str:
-        if isinstance(value, types.MethodType) and id(value.__self__) in self._own:
-            is_whole = value.__self__ is self._model and value.__name__ not in self.computing
-            return "whole" if is_whole else "block"
-        if isinstance(value, ModelPatcher):
-            return "whole" if value.model is self._model else "other"
-        if id(value) in self._own:
+        """Returns "block", "whole", "other" for what is nothing of both but the host's, or ""."""
+        if isinstance(value, types.MethodType) and id(value.__self__) in self.own:
+            is_setting = value.__self__ is self._model and value.__name__ not in self._names
+            return "whole" if is_setting else "block"
+        if isinstance(value, ModelPatcher) or id(value) in self.own:
+            value = value.model if isinstance(value, ModelPatcher) else value
             return "whole" if id(value) in self._wholes else (
                 "block" if id(value) in self._blocks else "other")
-        is_wrapped = isinstance(value, torch.nn.Module) and any(
-            id(module) in self._with_weights for module in value.modules())
-        return "block" if is_wrapped else ""
+        is_around = isinstance(value, torch.nn.Module) and any(
+            id(module) in self._blocks for module in value.modules())
+        return "block" if is_around else ""
 
 
-def _inside(value: Any, is_whole: bool) -> list[Any]:
-    """Returns what an object holds. is_whole: whether what a method is bound to counts."""
+def _inside(value: Any) -> list[Any]:
+    """Returns what an object holds."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    if isinstance(value, CONTAINERS):
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         return list(value)
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()
-                 if cell != types.CellType()]
-        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(),
-                *vars(value).values()]
+        cells = (cell for cell in value.__closure__ or () if cell != types.CellType())
+        return [*(cell.cell_contents for cell in cells), *(value.__defaults__ or ()),
+                *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
     if isinstance(value, types.MethodType):
-        return [value.__func__, *([value.__self__] if is_whole else [])]
+        return [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, torch.nn.Module):
         return [each for module in value.modules() for name, each in vars(module).items()
-                if name not in ("_parameters", "_buffers", "_modules")]
+                if name not in TREE]
     if type(value).__module__.partition(".")[0] in CLOSED:
         return []
-    slots = [name for each in type(value).__mro__ for name, member in vars(each).items()
-             if inspect.ismemberdescriptor(member)]
+    slots = (name for each in type(value).__mro__ for name, member in vars(each).items()
+             if inspect.ismemberdescriptor(member))
     return [*getattr(value, "__dict__", {}).values(),
             *(getattr(value, name, None) for name in slots)]
 
 
 def _names_in(value: Any) -> set[str]:
     """Returns the names of attributes in the code of a function, or of an object's methods."""
-    functions = [value] if isinstance(value, types.FunctionType) else [
-        each for each in vars(type(value)).values() if isinstance(each, types.FunctionType)]
-    codes = [function.__code__ for function in functions]
+    held = [value] if isinstance(value, types.FunctionType) else vars(type(value)).values()
+    codes = [each.__code__ for each in held if isinstance(each, types.FunctionType)]
     for code in codes:
         codes.extend(each for each in code.co_consts if isinstance(each, types.CodeType))
     return {name for code in codes for name in code.co_names}

@@ -360,8 +360,8 @@ def functions_of(network) -> dict:
             "partial": functools.partial(forward)}
 
 
-@pytest.mark.parametrize("kind", ["closure", "partial"])
-@pytest.mark.parametrize("where", ["object patch", "model"])
+@pytest.mark.parametrize(("kind", "where"), [
+    ("closure", "object patch"), ("closure", "model"), ("partial", "object patch")])
 def test_a_function_that_would_compute_with_the_unpacked_model_is_refused(kind, where, path):
     patcher = comfy.sd.load_diffusion_model(path)
     network = patcher.model.diffusion_model

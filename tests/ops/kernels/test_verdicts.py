@@ -23,6 +23,7 @@ BACKEND = Backend("nvrtc", print, ())
 
 @pytest.fixture
 def verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "being_checked", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return Verdicts.of_device(CPU, BACKEND)
 
