@@ -158,9 +158,12 @@ class ApplyLora(io.ComfyNode):
                 f"{lora_name} is not applied, because 'if layers do not match' is error."
                 f" {report.verdict} {count} do not fit: {'; '.join(report.misfits[:3])}{ellipsis}"
             )
+        notes = [report.strength_note, *report.header_alpha.notes]
         if report.alpha_note:
-            show_text(f"{report.alpha_note} To apply it, set 'alpha in the header' to use, and the"
-                      " strength as for any other LoRA.")
+            notes.append(f"{report.alpha_note} To apply it, set 'alpha in the header' to use, and"
+                         " the strength as for any other LoRA.")
+        if any(notes):
+            show_text("\n\n".join(filter(None, notes)))
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
         return io.NodeOutput(
             model, clip, report_text(report, os.path.basename(lora_name), settings)

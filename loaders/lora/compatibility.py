@@ -25,16 +25,17 @@ from ...ops.patches.patch_trial import trial_error
 from ..container.weight_file import safe_repr
 from .comfyui_load_lora import load_lora_text
 from .family_match import match_family, metadata_hints
-from .header_alpha import CONFIG, HeaderAlpha, find_header_alpha, with_alphas
+from .header_alpha import BESIDE, CONFIG, HeaderAlpha, find_header_alpha, with_alphas
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
 from .report import MISSING, LoraReport
 from .tensor_names import MAGNITUDE, PRODUCTS, SINGULAR, is_text_name, layer_names
 from .training_base import words_of_model
-from .weight_change import block_changes, change_type
+from .weight_change import block_changes, change_type, is_large
 
 TAKEN = "for a weight that another layer of the file changes"
 NO_BIAS = "it changes a bias, which this layer of the model does not have"
+EMBEDDING = "bundle_emb."  # before the names of embeddings in a LoRA of OneTrainer
 SETTING = ".config"  # of an attention, as newer hosts take it from files
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
 TEXT_LAYER = re.compile(  # bare name of a layer of CLIP, of T5, or of a language model
@@ -68,8 +69,8 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         model: patcher of the diffusion model.
         clip: CLIP of the text encoder, or None.
         state_dict, metadata: of the LoRA, from `load_lora_file`.
-        measure: whether to estimate the change of each block, which reads all factors and some rows
-            of each weight.
+        measure: whether to estimate the change of each block, which reads some rows of each weight;
+            without it that is done for factors of large values.
         use_header_alpha: whether an alpha counts that is not a tensor.
     """
     metadata = metadata or {}
@@ -85,6 +86,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     # With names mapped to themselves, all layers are returned, whatever the model.
     layers = _load_layers(sound, {stem: f"{stem}.weight" for stem in stems})
     unread = sorted(sound.keys() - sound.read)
+    embeddings = [name for name in unread if name.startswith(EMBEDDING)]
     values = {
         key: layers[key] for stem in stems for key in (f"{stem}.weight", f"{stem}.bias")
         if key in layers
@@ -112,6 +114,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
                                   if name not in twice})
     reasons = {target: _mismatch(target, value, weights) for target, value in loaded.items()}
     patches = {target: value for target, value in loaded.items() if reasons[target] is None}
+    unread = [name for name in unread if name not in embeddings]
     if any(map(is_setting, loaded)):
         unread = [name for name in unread if not name.endswith(SETTING)]
     if clip is None:
@@ -156,12 +159,14 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         mismatches=mismatches,
         unconnected=unconnected,
         unread=unread,
+        embeddings=embeddings,
         change_types=collections.Counter(change_type(value) for value in values.values()),
         ranks=sorted(ranks),
         family=match_family(shapes, metadata) if shapes else None,
         model_family=match_family(weight_shapes(model_weights)),
         hints=metadata_hints(metadata),
-        metadata={key: value for key, value in metadata.items() if key != CONFIG},
+        metadata={key: value for key, value in metadata.items()
+                  if key not in (CONFIG, BESIDE)},
         alphas=_alphas(values, header_alpha),
         header_alpha=header_alpha,
         use_header_alpha=use_header_alpha,
@@ -169,10 +174,12 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         text_encoder=", ".join(dict.fromkeys(key.split(".")[0] for key in text_weights))
         if of_text == stems.keys() else "",
     )
+    changes = {target: value for target, value in patches.items() if not is_setting(target)}
     if measure:
         report.load_lora = load_lora_text(state_dict, metadata, host_names, patches)
-        report.blocks = block_changes(
-            {target: value for target, value in patches.items() if not is_setting(target)}, weights)
+    if measure or any(is_large(value, weights[weight_key(target)])
+                      for target, value in changes.items()):
+        report.blocks = block_changes(changes, weights)
     return report
 
 

@@ -1,5 +1,6 @@
-"""Finds the alpha that a LoRA's writer put next to its tensors: into the header of the file, or
-into PEFT's adapter_config.json in its folder. A product of factors counts alpha / rank times.
+"""Finds the alpha that a LoRA's writer put next to its tensors: into the header of the file, else
+into PEFT's adapter_config.json in its folder, where no other LoRA is. A product of factors counts
+alpha / rank times.
 
 `ss_network_alpha` is none: kohya's and musubi's converters multiply alpha into the factors and
 leave that key in the header.
@@ -7,7 +8,7 @@ leave that key in the header.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from .tensor_names import MAGNITUDE, PRODUCTS, is_text_name, layer_names
 
 CONFIG = "adapter_config.json"  # of PEFT, and the key under which `load_lora_file` returns it
 CONFIG_BYTES = 1 << 20
+BESIDE = f"{CONFIG} of several"  # the key of one next to which are several LoRAs
 ADAPTER = "adapter_model"  # PEFT's name of the file that the config belongs to
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt")  # of LoRAs
 HEADER = "the header's "  # before the names of its keys, for people
 DIFFUSERS = "lora_adapter_metadata"
 PLAIN = ("lora_alpha", "network_alpha", "alpha")
@@ -49,17 +52,22 @@ class _Setting(NamedTuple):
     adaptive: bool = False
 
 
-def read_config(path: str) -> str | None:
-    """Returns the text of the adapter_config.json that may belong to a LoRA file."""
+def read_config(path: str) -> dict[str, str]:
+    """Returns the text of the adapter_config.json next to a LoRA file, {} where there is none.
+
+    Its key is `CONFIG` if it belongs to the file: PEFT's own, or the only LoRA in the folder. Of
+    others it is `BESIDE`.
+    """
     file = Path(path)
     config = file.with_name(CONFIG)
     try:
-        if config.stat().st_size <= CONFIG_BYTES and (
-                file.stem == ADAPTER or not any(file.parent.glob(f"{ADAPTER}.*"))):
-            return config.read_text(encoding="utf-8")
+        if config.stat().st_size > CONFIG_BYTES:
+            return {}
+        loras = [each for each in file.parent.iterdir() if each.suffix.lower() in SUFFIXES]
+        is_own = file.stem == ADAPTER or not loras[1:]
+        return {CONFIG if is_own else BESIDE: config.read_text(encoding="utf-8")}
     except (OSError, ValueError):
-        pass
-    return None
+        return {}
 
 
 def find_header_alpha(lora: Mapping[str, torch.Tensor],
@@ -73,14 +81,16 @@ def find_header_alpha(lora: Mapping[str, torch.Tensor],
     ranks = {stem: _rank(stem, ends, lora) for stem, ends in layer_names(lora).items()
              if ends.intersection(FACTORS)}
     open_layers = [stem for stem in ranks if f"{stem}.alpha" not in lora]
+    by_kohya = any(key.startswith("ss_") for key in metadata)
+    config, beside = ([] if by_kohya else _of_config(metadata.get(key), key, ranks, lora)
+                      for key in (CONFIG, BESIDE))
     scales, notes = {}, {}
-    for settings in _levels(metadata, ranks, lora):
+    for settings in (*_levels(metadata, by_kohya), config):
         for stem in list(open_layers):
-            own = [one for one in settings if one.part and stem.startswith(f"{one.part}.")] or [
-                one for one in settings
-                if not one.part or is_text_name(f"{one.part}.") == is_text_name(stem)]
+            own = _of_layer(settings, stem)
             if not own:
                 continue
+            own += _of_layer(config, stem)  # which may say otherwise than the header
             open_layers.remove(stem)
             keys = " and ".join(dict.fromkeys(setting.key for setting in own))
             found = {_scale(setting, stem, ranks[stem]) for setting in own}
@@ -91,7 +101,16 @@ def find_header_alpha(lora: Mapping[str, torch.Tensor],
                       " pattern that is more than a name."] = None
             else:
                 scales[stem] = scale, keys
+    if any(_scale(setting, stem, ranks[stem]) != 1 for setting in beside for stem in open_layers):
+        notes[f"{CONFIG}: not applied, its folder has other LoRAs. Put the one that it belongs to"
+              " into a folder of its own, with it."] = None
     return HeaderAlpha(scales, list(notes))
+
+
+def _of_layer(settings: Sequence[_Setting], stem: str) -> list[_Setting]:
+    return [one for one in settings if one.part and stem.startswith(f"{one.part}.")] or [
+        one for one in settings
+        if not one.part or is_text_name(f"{one.part}.") == is_text_name(stem)]
 
 
 def with_alphas(lora: Mapping[str, torch.Tensor], alpha: HeaderAlpha) -> dict[str, torch.Tensor]:
@@ -112,13 +131,8 @@ def _rank(stem: str, ends: set[str], lora: Mapping[str, torch.Tensor]) -> int | 
     return None if end == WHOLE_FACTOR else lora[stem + end].shape[:1].numel()
 
 
-def _levels(metadata: Mapping[str, str], ranks: Mapping[str, int | None],
-            lora: Mapping[str, torch.Tensor]) -> Iterator[list[_Setting]]:
-    """Yields what stands in each place, what counts most first."""
-    by_kohya = any(key.startswith("ss_") for key in metadata)
-    config = _json(metadata.get(CONFIG))
-    if not by_kohya and _fits(config, ranks, lora):
-        yield _settings(config, CONFIG)
+def _levels(metadata: Mapping[str, str], by_kohya: bool) -> Iterator[list[_Setting]]:
+    """Yields what stands in each place of the header, what counts most first."""
     yield _settings(_json(metadata.get(DIFFUSERS)), HEADER + DIFFUSERS)
     yield [setting for setting in _settings(metadata) if setting.part or not by_kohya]
     if not by_kohya:
@@ -180,12 +194,14 @@ def _endings(stem: str) -> list[str]:
     return [".".join(parts[index:]) for index in range(len(parts))]
 
 
-def _fits(config: Mapping[str, Any], ranks: Mapping[str, int | None],
-          lora: Mapping[str, torch.Tensor]) -> bool:
-    """Returns whether PEFT's config is of these layers: their kind, modules and ranks."""
-    settings, targets = _settings(config, CONFIG), config.get("target_modules")
+def _of_config(text: str | None, key: str, ranks: Mapping[str, int | None],
+               lora: Mapping[str, torch.Tensor]) -> list[_Setting]:
+    """Returns what PEFT's config says, where it is of these layers: of their kind, modules and
+    ranks."""
+    config = _json(text)
+    settings, targets = _settings(config, key), config.get("target_modules")
     modules = set(map(str, targets)) if isinstance(targets, list) else None
-    return (
+    fits = (
         config.get("peft_type") in ("LORA", "LOHA", "LOKR", "ADALORA")
         and bool(config.get("use_dora")) == any(name.endswith(MAGNITUDE) for name in lora)
         and bool(settings)
@@ -193,6 +209,7 @@ def _fits(config: Mapping[str, Any], ranks: Mapping[str, int | None],
                 and (modules is None or not modules.isdisjoint(_endings(stem)))
                 for stem, rank in ranks.items())
     )
+    return settings if fits else []
 
 
 def _json(value: Any) -> dict[str, Any]:

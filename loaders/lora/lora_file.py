@@ -10,7 +10,7 @@ from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
 from .family_match import match_family
 from .gguf_adapter import read_gguf_adapter
-from .header_alpha import CONFIG, read_config
+from .header_alpha import read_config
 from .tensor_names import PARTNER, PRODUCTS, SIDES, layer_names
 from .torch_file import read_torch_file
 
@@ -22,7 +22,7 @@ OTHER_FILES = (
         "Load it with Load ControlNet Model.",
     ),
     (
-        r"^(emb_params|string_to_param|clip_[lg]$)",
+        r"^(emb_params|string_to_param|clip_[lg]$|bundle_emb\.)",
         "an embedding (textual inversion)",
         "Put it into models/embeddings and write embedding:its-name into the prompt.",
     ),
@@ -67,7 +67,7 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     A file with some damaged layers is returned as it is; `check_lora` names them.
 
     Returns:
-        (name -> tensor, metadata, with PEFT's config under `CONFIG`); GGUF's tensors are
+        (name -> tensor, metadata, with PEFT's config as of `read_config`); GGUF's tensors are
         dequantised to float32.
 
     Raises:
@@ -101,8 +101,7 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise WeightFileError(
             f"{name} has no layer that can be used: {safe_repr(stem)} has {reason}{others}."
             " Download it again, or report it where you got it.")
-    config = read_config(path)
-    return state_dict, dict(metadata or {}) | ({} if config is None else {CONFIG: config})
+    return state_dict, dict(metadata or {}) | read_config(path)
 
 
 WHOLE_NUMBERS = (".alpha", ".reshape_weight")  # parts of a layer that may be integers

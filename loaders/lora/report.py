@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ...ops.patches.adapters import OTHER_SIZE
+from ..container.weight_file import safe_repr
+from ..name_lists import join_some
 from .family_match import FamilyMatch
 from .header_alpha import HeaderAlpha
 from .model_blocks import weight_key
 from .training_base import Said, training_line
 
 MISSING = "missing in the model"
+TOO_STRONG = 100  # times as large as the weights of a block
 EXAMPLES = 10  # layers and tensors that a report lists at most
 
 
@@ -36,6 +39,7 @@ class LoraReport:
         use_header_alpha: whether it counts in `patches`.
         alphas: where it stands -> (alpha, factor on the product) of its layers.
         load_lora: what ComfyUI's own node does otherwise.
+        embeddings: names of tensors that are embeddings for prompts.
         text_encoder: names of the text encoders, if all layers are for one and some are connected.
         model_words: whether the model is a base or a distilled one, None if nothing says it.
     """
@@ -57,6 +61,7 @@ class LoraReport:
     use_header_alpha: bool = True
     alphas: dict[str, set[tuple[float, float]]] = field(default_factory=dict)
     load_lora: str = ""
+    embeddings: list[str] = field(default_factory=list)
     text_encoder: str = ""
     model_words: Said | None = None
 
@@ -136,6 +141,23 @@ class LoraReport:
         return (f"Its writer means {_range(scale for scale, _ in scales)} times this strength, by"
                 f" {' and '.join({source: 1 for _, source in scales})}, which is not applied.")
 
+    @property
+    def shares(self) -> list[tuple[float, str]]:
+        """(change at strength 1 by the weights' norm, block) of blocks of which both are known, the
+        largest first."""
+        return sorted(((change / norm, block) for block, (change, norm) in self.blocks.items()
+                       if change and norm and not math.isnan(change / norm)), reverse=True)
+
+    @property
+    def strength_note(self) -> str:
+        """A sentence, if the LoRA is far stronger than any that is trained; else ""."""
+        share, block = next(iter(self.shares), (0.0, ""))
+        if share <= TOO_STRONG:
+            return ""
+        return (f"At strength 1 its change of {block} is {share:,.0f} times as large as the weights"
+                " there, which makes images noise: its values are damaged, or it is written for"
+                " another alpha. Get it again where it was published.")
+
 
 def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None) -> str:
     """Returns the report as a short table, the verdict first.
@@ -165,19 +187,20 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
                                   [*map(weight_key, report.patches), *report.mismatches],
                                   report.model_words),
     }
-    shares = ((change / norm, block) for block, (change, norm) in report.blocks.items()
-              if change and norm and math.isfinite(change / norm))
-    strongest = sorted(shares, reverse=True)
-    if strongest:
+    if report.shares:
         rows["strongest"] = ", ".join(
-            f"{block} {percent_text(share)}" for share, block in strongest[:3])
+            f"{block} {percent_text(share)}" for share, block in report.shares[:3])
     elif report.blocks and all(change == 0 for change, _ in report.blocks.values()):
         rows["strongest"] = "nothing: all its values are zero, it has no effect"
     elif report.blocks:
         rows["strongest"] = "not known: it depends on all values of the model"
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
-    verdicts = [report.verdict, *filter(None, [report.alpha_note])]
+    if report.embeddings:
+        names = dict.fromkeys(name.split(".")[1] for name in report.embeddings)
+        rows["embeddings"] = (f"{join_some(map(safe_repr, names))}. No LoRA loader applies them: copy the file into"
+                              " models/embeddings and write embedding:its-name into the prompt.")
+    verdicts = [report.verdict, *filter(None, [report.strength_note, report.alpha_note])]
     lines = [*verdicts, "", *(f"{name}: {value}" for name, value in rows.items())]
     missing = list(report.mismatches.values()).count(MISSING)
     lines += _list_lines(
@@ -220,5 +243,5 @@ def percent_text(share: float) -> str:
     value = 100 * share
     if value <= 0:
         return "0 %"
-    digits = max(0, min(4, 1 - math.floor(math.log10(value))))
+    digits = max(0, min(4, 1 - math.floor(math.log10(min(value, 1e9)))))
     return f"{value:.{digits}f} %"

@@ -22,6 +22,7 @@ from ...ops.tensor.packed_layout import is_packed
 from .model_blocks import block_name, weight_key
 
 SAMPLED_ROWS = 64
+LARGE_VALUES = 0.1  # root mean square of a change that may be 100 times as large as its weight
 
 CHANGE_TYPES = {
     "lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"
@@ -89,6 +90,18 @@ def _adapter_norm(value: Any, weight_norm: float | None) -> float | None:
         change = torch.linalg.solve(eye - skew, eye + skew) - eye
         return weight_norm * change.norm().item() / math.sqrt(blocks.shape[0] * blocks.shape[1])
     return None
+
+
+def is_large(value: Any, weight: torch.Tensor) -> bool:
+    """Returns whether what a value adds to a weight may be far larger than weights are, by the
+    norms of its factors alone."""
+    if isinstance(value, tuple):
+        norm = change_norm(value, None) or 0.0
+    else:
+        factors = (part for part in value.weights if isinstance(part, torch.Tensor))
+        norm = _scale(value) * math.prod(
+            part.float().norm().item() for part in factors if part.ndim > 1)
+    return norm > LARGE_VALUES * math.sqrt(weight.numel())
 
 
 def block_changes(patches: dict,

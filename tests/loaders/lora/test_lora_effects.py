@@ -283,3 +283,44 @@ def test_the_host_computes_another_dora_than_peft():
     value = LoRAAdapter(set(), (up, down, None, None, magnitude[:, None], None))
     hosts = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "weight")
     assert (hosts.double() - expected).norm() > 0.1 * (expected - weight.double()).norm()
+
+
+def test_embeddings_in_a_lora_are_called_so_and_weaken_no_verdict():
+    """OneTrainer's, which ComfyUI reads where they lie in the folder of embeddings."""
+    names = [f"bundle_emb.{word}.{end}" for word in ("my cat", "hat") for end in ("clip_l", "t5")]
+    lora = peft_pair(PREFIX + LAYER) | {name: rand(2, 8) for name in names}
+    report = check_lora(flux_pair("Q8_0")[0], None, lora)
+    assert report.fits == "yes" and report.misfits == [] and report.embeddings == sorted(names)
+    text = report_text(report)
+    assert "embeddings: 'hat', 'my cat'. No LoRA loader applies them" in text
+    assert "unknown kind" not in text and "embedding:its-name" in text
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff"])
+def test_an_effect_far_above_the_weights_is_told_and_applied(kind, measure):
+    """`measure`: by the node that checks, or by the one that applies."""
+    model, weights = flux_pair("Q8_0")[0], flux_file("Q8_0")[1]
+    shape = weights[f"{LAYER}.weight"].shape
+
+    def checked(factor):
+        lora = {"diff": {"diff": rand(*shape)}}.get(kind) or adapter(
+            kind, weights[f"{LAYER}.weight"], 1)
+        scaled = next(iter(lora))
+        lora = {f"{PREFIX}{LAYER}.{end}": value * (factor if end == scaled else 1)
+                for end, value in lora.items()}
+        return check_lora(model, None, lora, measure=measure)
+
+    weak = checked(1e-3)
+    share, block = checked(1e6).shares[0]
+    strong = checked(1e6)
+    assert weak.strength_note == "" and "as large as" not in report_text(weak)
+    assert strong.fits == "yes" and len(strong.patches) == 1 and share > 100
+    assert strong.strength_note.startswith(
+        f"At strength 1 its change of {block} is {share:,.0f} times as large as the weights there")
+    assert strong.strength_note in report_text(strong)
+    found = comfy.lora.calculate_weight(
+        [(1.0, strong.patches[f"{PREFIX}{LAYER}.weight"], 1.0, None, None)],
+        weights[f"{LAYER}.weight"].clone(), LAYER)
+    ratio = (found - weights[f"{LAYER}.weight"]).norm() / weights[f"{LAYER}.weight"].norm()
+    assert ratio > 100

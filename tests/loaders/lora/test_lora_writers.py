@@ -161,10 +161,22 @@ def test_a_damaged_config_is_none(text, tmp_path, seed):
     assert scales(checked(path)) == {1.0}
 
 
-def test_a_config_belongs_to_pefts_own_file_if_there_is_one(tmp_path, seed):
+@pytest.mark.parametrize("beside", ["adapter_model.safetensors", "other.safetensors", "b.gguf"])
+def test_a_config_next_to_several_loras_is_of_pefts_own_file_alone(beside, tmp_path, seed):
     path = peft_file(tmp_path)
-    (tmp_path / "adapter_model.safetensors").touch()
-    assert scales(checked(path)) == {1.0}
+    (tmp_path / beside).touch()
+    report = checked(path)
+    assert scales(report) == {1.0}
+    assert f"{CONFIG}: not applied, its folder has other LoRAs." in report_text(report)
+    own = tmp_path / "adapter_model.safetensors"
+    own.write_bytes((tmp_path / "lora.safetensors").read_bytes())
+    assert scales(checked(str(own))) == {0.25}
+
+
+def test_a_config_of_other_layers_than_its_neighbors_is_not_told(tmp_path, seed):
+    path = peft_file(tmp_path, {"target_modules": ["nowhere"]})
+    (tmp_path / "other.safetensors").touch()
+    assert CONFIG not in report_text(checked(path))
 
 
 # --- headers ---
@@ -227,6 +239,20 @@ def test_values_that_contradict_each_other_are_told(tmp_path, seed):
     text = report_text(checked(header_file(tmp_path, {"lora_alpha": "2", "alpha": "4"})))
     assert ("the header's lora_alpha and the header's alpha: not applied, the values differ."
             in text)
+
+
+@pytest.mark.parametrize(("header", "scale", "told"), [
+    ({"lora_alpha": "2"}, 0.25, "2 from the header's lora_alpha and adapter_config.json (0.25"),
+    ({"lora_alpha": "8"}, 1, "the header's lora_alpha and adapter_config.json: not applied, the"
+                             " values differ."),
+    ({DIFFUSERS: json.dumps({"r": 8, "lora_alpha": 8})}, 1, "adapter_config.json: not applied"),
+    ({"ss_network_alpha": "8"}, 1, "")], ids=str)
+def test_a_config_that_says_otherwise_than_the_header_is_not_applied(header, scale, told, tmp_path,
+                                                                     seed):
+    path = peft_file(tmp_path)
+    saved(tmp_path, dict(load_lora_file(path)[0]), header)
+    report = checked(path)
+    assert scales(report) == {scale} and told in report_text(report)
 
 
 def folded_by_kohya(down, up, alpha):
