@@ -172,9 +172,10 @@ def _check_settings(layer: str, settings: Mapping[str, Any], names: Iterable[str
 
 
 def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bool:
-    """Returns whether the host reads other values than a weight has, without an error.
+    """Returns whether the host reads other values than a weight has, or none.
 
-    It knows of rotation in int8 alone, and takes the scales of rows, (N,), for those of columns.
+    It knows of rotation in int8 alone, takes the scales of rows, (N,), for those of columns, and
+    has none of blocks.
 
     Args:
         settings: of the layer's `comfy_quant`.
@@ -183,7 +184,8 @@ def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bo
     name = format_of(settings)
     if name not in HOST_ROTATES and is_rotated(name, settings):
         return True
-    return name in OF_KERNELS and scale is not None and scale.ndim == 1 and len(scale) > 1
+    return (name in OF_KERNELS and scale is not None and scale.numel() > 1
+            and (scale.ndim == 1 or scale.shape[1:].numel() > 1))
 
 
 def _is_kernel_or_bank(state_dict: Mapping[str, torch.Tensor], layer: str) -> bool:

@@ -198,8 +198,9 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
     if report.embeddings:
         names = dict.fromkeys(name.split(".")[1] for name in report.embeddings)
-        rows["embeddings"] = (f"{join_some(map(safe_repr, names))}. No LoRA loader applies them: copy the file into"
-                              " models/embeddings and write embedding:its-name into the prompt.")
+        rows["embeddings"] = (
+            f"{join_some(map(safe_repr, names))}. No LoRA loader applies them: copy the file into"
+            " models/embeddings and write embedding:its-name into the prompt.")
     verdicts = [report.verdict, *filter(None, [report.strength_note, report.alpha_note])]
     lines = [*verdicts, "", *(f"{name}: {value}" for name, value in rows.items())]
     missing = list(report.mismatches.values()).count(MISSING)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops.formats.base import FormatError
-from ..container.weight_file import DOWNLOAD_AGAIN, ProgressIter, WeightFile, safe_repr
+from ..container.weight_file import ProgressIter, WeightFile, safe_repr
 from ..name_lists import join_some
 from .comfyui_marks import MARK, marked_layers
-from .parts import Part, PartError, Parts, as_comparable, bind_sizes
+from .parts import GET_OTHER_CONVERSION, Part, PartError, Parts, as_comparable, bind_sizes
 
 
 class Header(NamedTuple):
@@ -163,7 +163,7 @@ def join_weights(quantizers: Iterable[Quantizer], file: WeightFile,
         if name is not None:
             raise file.error_at(
                 name, f"{safe_repr(name)} is part of a weight packed by {quantizer.name} whose"
-                " other parts are missing", DOWNLOAD_AGAIN)
+                " other parts are missing", GET_OTHER_CONVERSION)
 
 
 def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
@@ -190,9 +190,10 @@ def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
             except (PartError, FormatError) as error:
                 first = next(iter(layer.names.values()), name)
                 title = f" ({layer.layout})" if layer.layout and quantizer.layout else ""
+                writer = getattr(error, "writer", "") or quantizer.name
                 raise file.error_at(
-                    first, f"{safe_repr(name)}, packed by {quantizer.name}{title}: {error}",
-                    getattr(error, "advice", DOWNLOAD_AGAIN)) from error
+                    first, f"{safe_repr(name)}, packed by {writer}{title}: {error}",
+                    getattr(error, "advice", GET_OTHER_CONVERSION)) from error
             tensors |= {f"{name}.weight": made} if isinstance(made, torch.Tensor) else made
     if quantizer.is_uniform:
         _tell_of_missing_parts(file, quantizer.name, parts_of)

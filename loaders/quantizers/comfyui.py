@@ -55,8 +55,15 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
-from .comfyui_settings import CONVROT, LINEAR_DTYPE, ROTATION_SIZE, is_rotated, setting
-from .parts import FLOATS, Part, PartError, Parts, bind_sizes
+from .comfyui_settings import (
+    CONVROT,
+    FORMAT,
+    LINEAR_DTYPE,
+    ROTATION_SIZE,
+    is_rotated,
+    setting,
+)
+from .parts import FLOATS, GET_OTHER_CONVERSION, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
@@ -68,7 +75,6 @@ IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 HALVES = (torch.bfloat16, torch.float16)
 FP8 = {torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
-GET_OTHER_CONVERSION = "Get another conversion."
 LEAST_OF_EXPERTS = 32  # bytes of a row of experts; the kernel of a convolution has fewer
 MAX_ROTATION = 4096  # columns; a rotation takes memory of their square
 ROTATION = 256  # columns, where the settings name no other number
@@ -90,7 +96,7 @@ OF_ROWS = Part("1 or N", FLOATS)
 OF_BLOCKS = Part("(R, C) or (R, C, 1)", FLOATS)
 # in the order of cuBLAS
 IN_PIECES = Part("", (*(dtype for dtype in FLOATS if dtype.itemsize == 1), *BYTES.dtypes))
-OTHER_SCALE = {SCALE_2: Part("", optional=SCALE_2)}  # that says nothing
+OTHER_SCALE = {SCALE_2: Part("", optional=SCALE_2)}  # which must be 1
 LEVELS = {"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK), GROUP_SCALE: Part("(N, G)"),
           ROW_SCALE: OF_ROWS, CODEBOOK: Part("(16,)", optional=CODEBOOK),
           CORRECTION: Part("(G, N)", optional=CORRECTION)}
@@ -102,6 +108,9 @@ _OF_LOW_RANK = {
 TILED = "svdquant_w4a4 in tiles"
 # formats of kernels of convolutions
 OF_KERNELS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise")
+# format of one scale or of rows -> the one that it is where the scales are those of blocks
+IN_BLOCKS = dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise"),
+                          "float8_e4m3fn_blockwise") | {"int8_tensorwise": "int8_blockwise"}
 # format, the last one of codes in tiles -> what the parts of a weight must be
 PARTS: dict[str, dict[str, Part]] = {
     **{name: {"weight": FP8_CODES, SCALE: OF_ROWS, **OTHER_SCALE}
@@ -158,6 +167,12 @@ def pack_parts(settings: Mapping[str, Any],
     Raises:
         PartError: the parts do not belong together.
     """
+    name, second = format_of(settings), parts.get(SCALE_2)
+    if second is not None and OTHER_SCALE.items() <= PARTS.get(name, {}).items() and bool(
+            (second.float() != 1).any()):
+        raise PartError(f"it has {SCALE_2}, which {name} has not")
+    if has_block_scales(parts["weight"], parts.get(SCALE)) and not is_rotated(name, settings):
+        settings = {**settings, FORMAT: IN_BLOCKS.get(name, name)}
     read = READERS.get(format_of(settings))
     if read is None:
         return None
@@ -169,6 +184,13 @@ def pack_parts(settings: Mapping[str, Any],
         return None
     packed = read(settings, parts, bind_sizes(parts, expected))
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
+
+
+def has_block_scales(codes: torch.Tensor, scale: torch.Tensor | None) -> bool:
+    """Returns whether the scales of a matrix are those of blocks of columns, or of several rows:
+    neither one nor one for each row."""
+    return (scale is not None and codes.ndim == 2 and scale.ndim in (2, 3) and scale.numel() > 1
+            and not scale.numel() == len(codes) == max(scale.shape))
 
 
 def is_kernel(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:

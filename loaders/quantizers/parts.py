@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.pickle_names import short_error_name
-from ..container.weight_file import DOWNLOAD_AGAIN, describe
+from ..container.weight_file import describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn,
           torch.float8_e5m2, *(
@@ -17,6 +17,9 @@ WHOLE = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.u
 REAL = WHOLE + FLOATS
 UNCOMPARED = (torch.uint16, torch.uint32, torch.uint64)  # that torch reads, but compares with none
 TITLES = {FLOATS: "any float type", WHOLE: "any integer type", REAL: "any real type"}
+
+# no damage of a download changes shapes and types, which stand in the header
+GET_OTHER_CONVERSION = "Get another conversion."
 
 Parts = dict[str, torch.Tensor]
 
@@ -28,11 +31,12 @@ class PartError(ValueError):
     Args:
         problem: what is wrong with them.
         advice: what to do.
+        writer: who packed the weight, where that is not the quantiser that found it.
     """
 
-    def __init__(self, problem: str, advice: str = DOWNLOAD_AGAIN):
+    def __init__(self, problem: str, advice: str = GET_OTHER_CONVERSION, writer: str = ""):
         super().__init__(problem)
-        self.advice = advice
+        self.advice, self.writer = advice, writer
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Part:
     dtypes: tuple[torch.dtype, ...] = ()
     optional: str = ""
     other_names: tuple[str, ...] = ()
-    advice: str = DOWNLOAD_AGAIN
+    advice: str = GET_OTHER_CONVERSION
 
     def __str__(self) -> str:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes or ("",))

@@ -3,11 +3,13 @@
 | written by | layout of `PARTS` |
 |---|---|
 | Black Forest Labs (fp8r), ModelOpt, compressed-tensors (float-quantized); scaled fp8 | rows |
-| whose marker is lost has the name `scale_weight` | |
+| whose marker is lost, and int8 of LightX2V with that marker, have the name `scale_weight` | |
 | transformers, compressed-tensors (float-quantized, where scales are those of blocks or groups) | |
-| | blocks |
+| , musubi-tuner, whose scales (N, C, 1) may be times a `scale_weight_tensor` | blocks |
 | compressed-tensors, AutoRound | mxfp8 |
 | Black Forest Labs, ModelOpt; the low nibble comes first | nvfp4 |
+
+LightX2V's other bytes (`LIGHTX2V`), with scales in the order of its kernels, are not read.
 
 They become one packed tensor. A value is the number of its code times its scale, whatever the name
 says, of mxfp8 times 2**(scale - 127); the last blocks of rows and columns may be short. ModelOpt's
@@ -18,24 +20,26 @@ too. Scales of the input say nothing about the values.
 Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`,
 compressed-tensors 0.20.0 `compressors/naive_quantized/base.py` and `compressors/mxfp8/base.py`,
 nvidia-modelopt 0.47.0 `torch/quantization/nn/modules/quant_linear.py` and
-`torch/export/unified_export_hf.py`.
+`torch/export/unified_export_hf.py`, musubi-tuner `modules/fp8_optimization_utils.py`, LightX2V
+`tools/convert/quant/quant.py` and `lightx2v_kernel/gemm.py`.
 """
 import contextlib
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
+from ...ops.formats.comfyui import INT8_GROUPS, MXFP8, NVFP4_LOW
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, safe_repr
+from ..container.weight_file import WeightFile, describe, safe_repr
 from ..name_lists import join_some
-from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers, without_marked
-from .comfyui import FP8, GROUP_SCALE, SMOOTHING, smooth
-from .comfyui_marks import OLD_SCALE, marked_layers
+from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
+from .comfyui import FP8, GROUP_SCALE, SMOOTHING, has_block_scales, smooth
+from .comfyui_marks import OLD_SCALE, SETTINGS, marked_layers
 from .integers import (
     CODES_OF_ROWS,
     E8M0,
@@ -45,22 +49,28 @@ from .integers import (
     pack_rows,
     settings_of_groups,
 )
-from .parts import FLOATS, Part, PartError
+from .parts import FLOATS, GET_OTHER_CONVERSION, Part, PartError
 
 SCALE, OF_BLOCKS, OF_TENSOR = "weight_scale", "weight_scale_inv", "weight_scale_2"
 # dtypes of the scales of blocks
 OF_SEVERAL = tuple(dtype for dtype in FLOATS if dtype.itemsize > 1 or dtype in E8M0)
 OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
+WHOLE = "scale_weight_tensor"  # a factor of all scales
+GLOBAL = "weight_global_scale"
+IN_BLOCKS = {**FP8, torch.int8: INT8_GROUPS}
+# what LightX2V calls bytes with exponents of 32 columns -> bits of a value
+LIGHTX2V = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
 FACTORS = tuple(FACTOR_DTYPES.values())
 BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input", GROUP_SCALE)}
 BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING),
            DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
+OF_ALL = {WHOLE: Part("1", FLOATS, optional=WHOLE)}
 PARTS = {
-    "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **BESIDE},  # of a convolution too
-    "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", OF_SEVERAL),
-               **BESIDE},
+    "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **OF_ALL, **BESIDE},  # of a convolution too
+    "blocks": {"weight": Part("(N, K)", tuple(IN_BLOCKS)),
+               OF_BLOCKS: Part("1 or (R, C) or (R, C, 1)", OF_SEVERAL), **OF_ALL, **BESIDE},
     "mxfp8": {"weight": Part("(N, K)", (torch.float8_e4m3fn,)), SCALE: Part("(N, K / 32)", E8M0),
               **BESIDE},
     "nvfp4": nvfp4_parts("weight", SCALE, OF_TENSOR, *OF_ROWS.other_names) | BESIDE,
@@ -70,11 +80,16 @@ BLOCK = 128  # rows and columns, unless the scales say otherwise
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
          header_of: HeaderOf) -> Iterator[str]:
-    """Yields the layers with weights of one byte and scales."""
+    """Yields the layers with weights of one byte and scales, also of those under `scaled_fp8` that
+    ComfyUI does not read: int8, and scales with a factor."""
     ends = (OF_BLOCKS, SCALE, OLD_SCALE[1:], GROUP_SCALE)
-    for layer in without_marked(scaled_layers(names, ends), metadata, names):
+    marked = None
+    for layer in scaled_layers(names, ends):
+        marked = marked_layers(metadata, names) if marked is None else marked
         dtype = header_of(f"{layer}.weight").dtype
-        if dtype is not None and dtype.itemsize == 1:
+        if dtype is not None and dtype.itemsize == 1 and (layer not in marked or (
+                SETTINGS not in metadata and (
+                    dtype == torch.int8 or f"{layer}.{WHOLE}" in names))):
             yield layer
 
 
@@ -85,14 +100,17 @@ def layout(layer: Layer) -> str:
     weight, scale = layer.parts["weight"], layer.parts.get(SCALE)
     if OF_BLOCKS in layer.parts:
         return "blocks"
-    is_fp8 = weight.dtype in FP8
-    is_mxfp8 = is_fp8 and scale is not None and scale.dtype in E8M0 and scale.ndim == 2
-    if is_fp8 and scale is not None and not is_mxfp8 and (
-            _has_blocks(weight, scale) or _is_in_blocks(layer.file)):
+    is_mxfp8 = (weight.dtype in FP8 and scale is not None and scale.dtype in E8M0
+                and scale.ndim == 2)
+    if weight.dtype in IN_BLOCKS and scale is not None and not is_mxfp8 and (
+            has_block_scales(weight, scale) or (
+                weight.dtype in FP8 and _is_in_blocks(layer.file))):
         # what transformers stores under the other name
         layer.parts[OF_BLOCKS], layer.names[OF_BLOCKS] = layer.parts.pop(SCALE), layer.names.pop(
             SCALE)
         return "blocks"
+    if weight.dtype == torch.uint8 and scale is not None:
+        _reject_unread_bytes(layer, weight, scale)
     if weight.dtype != torch.uint8 and not is_mxfp8:
         return "rows"
     if is_mxfp8 and not layer.file.quantization and not any(
@@ -102,9 +120,21 @@ def layout(layer: Layer) -> str:
     return "mxfp8" if is_mxfp8 else "nvfp4"
 
 
-def _has_blocks(weight: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Returns whether scales are those of blocks of columns, or of several rows."""
-    return weight.ndim == scale.ndim == 2 and scale.numel() not in (1, len(weight))
+def _reject_unread_bytes(layer: Layer, weight: torch.Tensor, scale: torch.Tensor):
+    """Raises PartError for bytes that are not nvfp4 by their shapes, and for LightX2V's."""
+    is_nvfp4 = scale.dtype == torch.float8_e4m3fn and weight.ndim == 2 and (
+        scale.shape == (len(weight), weight.shape[1] // 8))
+    lightx2v = "nvfp4" if f"{layer.name}.{GLOBAL}" in layer.file.entries else ""
+    if weight.ndim == 2 and scale.dtype in E8M0:  # in pieces of 128 rows and 4 columns
+        lightx2v = lightx2v or next(
+            (name for name, bits in LIGHTX2V.items() if scale.shape == (
+                -(-len(weight) // 128) * 128, -(-weight.shape[1] * 8 // bits // 128) * 4)), "")
+    if lightx2v:
+        raise PartError(f"it is in {lightx2v}, which is not read from its files",
+                        "Get its fp8 or int8, or the model as GGUF.", "LightX2V")
+    if not is_nvfp4:
+        raise PartError(f"it has weight of {describe(weight)} and {SCALE} of {describe(scale)},"
+                        " which are of no format that is read", writer="an unknown tool")
 
 
 def _is_in_blocks(file: WeightFile) -> bool:
@@ -130,7 +160,7 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
         if name.endswith(".weight") and tensor.dtype in FP8 and (
                 name.removesuffix(".weight") not in marked):
             raise file.error_at(name, f"{safe_repr(name)} has no {SCALE}, as other layers have",
-                                DOWNLOAD_AGAIN)
+                                GET_OTHER_CONVERSION)
     if all(factors.values()):
         file.note(f"{file.path.name}: there is no {SMOOTHING}, as other layers have, of"
                   f" {join_some(map(safe_repr, factors[False]))}.")
@@ -139,12 +169,15 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
 def read(layer: Layer) -> PackedTensor:
     """Returns the weight of a layer, packed, from its parts."""
     parts, weight = layer.parts, layer.parts["weight"]
+    if WHOLE in parts:
+        scaled = OF_BLOCKS if OF_BLOCKS in parts else SCALE
+        parts[scaled] = parts[scaled].float() * parts[WHOLE].float().flatten()
     if layer.layout == "nvfp4":
         packed = pack_nvfp4(NVFP4_LOW, weight, parts[SCALE], parts[OF_TENSOR])
     elif layer.layout == "mxfp8":
         packed = packed_rows(MXFP8, weight, weight.shape, scale=parts[SCALE])
-    elif "R" in layer.sizes or (OF_BLOCKS in parts and parts[OF_BLOCKS].ndim == 2):
-        packed = _fp8_in_blocks(layer, weight, parts[OF_BLOCKS])
+    elif "R" in layer.sizes or (OF_BLOCKS in parts and parts[OF_BLOCKS].ndim > 1):
+        packed = _in_blocks(layer, weight, parts[OF_BLOCKS].flatten(1))
     else:
         packed = pack_rows(weight, parts[SCALE if SCALE in parts else OF_BLOCKS])
     smoothing = parts.get(SMOOTHING)
@@ -156,7 +189,7 @@ def read(layer: Layer) -> PackedTensor:
     return with_low_rank(packed, parts[UP], parts[DOWN], factors)
 
 
-def _fp8_in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
+def _in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     rows, columns = weight.shape
     block_rows, block_columns = _block_lengths(layer.file, weight.shape, scale)
     # columns whose number is no multiple of a block's repeat its scale for smaller groups
@@ -165,7 +198,7 @@ def _fp8_in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> P
     row_count, group_count = min(block_rows, rows), min(block_columns, columns) // group
     scales = scale.float().repeat_interleave(row_count, 0)[:rows]
     scales = scales.repeat_interleave(group_count, 1)[:, :columns // group]
-    return packed_rows(FP8[weight.dtype], weight, weight.shape, (group,), scale=scales)
+    return packed_rows(IN_BLOCKS[weight.dtype], weight, weight.shape, (group,), scale=scales)
 
 
 def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:
@@ -196,4 +229,4 @@ def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> 
 QUANTIZER = Quantizer(
     name="transformers, ModelOpt, Black Forest Labs or the like",
     methods={"fp8": "transformers in fp8", "modelopt": "ModelOpt"}, find=find, layouts=PARTS,
-    layout=layout, session=session)
+    layout=layout, session=session, leftovers=re.compile(rf"\.{WHOLE}$"))

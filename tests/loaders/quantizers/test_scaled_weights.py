@@ -1,4 +1,6 @@
 """Weights with scales without a marker, against transformers and diffusers, which write them."""
+import json
+
 import pytest
 import torch
 from conformance.base import weight
@@ -7,10 +9,12 @@ from patched_models import dense_of, relative, run, tiny_flux
 from quantizer_writers import fp8_blocks, quantized_state_dict, save_config, svdquant
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.comfyui_marks import SETTINGS, mark_of
 from featherweight.ops.tensor.packed_layout import is_packed
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="it is the oracle")
@@ -178,3 +182,109 @@ def test_a_file_in_comfyuis_names_needs_no_config(tmp_path):
     ours = load_diffusion_model(path)
     assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 13
     assert relative(run(ours), run(dense_of(values))) < 1e-5
+
+
+MARKERS = {
+    "none": lambda dtype: ({}, None),
+    "scaled_fp8": lambda dtype: ({"scaled_fp8": torch.zeros(2).to(FP8)}, None),
+    "comfy_quant": lambda dtype: ({"L.comfy_quant": mark_of({"format": dtype})}, None),
+    "metadata": lambda dtype: ({}, {SETTINGS: json.dumps({"layers": {"L": {"format": dtype}}})}),
+}
+FORMATS = {FP8: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise"}
+
+
+@pytest.mark.parametrize("shape", [(96, 4, 1), (96, 4), (12, 2), (96, 1), (1,)], ids=str)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("marker", MARKERS)
+def test_codes_times_their_scales_are_read_under_each_marker(marker, dtype, shape, tmp_path):
+    """For N rows of K columns: one number, N, or blocks of columns, or of rows and columns."""
+    beside, metadata = MARKERS[marker](FORMATS[dtype])
+    codes = torch.randint(-100, 100, (96, 256)).float().to(dtype)
+    scale = torch.rand(shape) + 0.5
+    is_old = marker in ("none", "scaled_fp8")
+    name = "L.scale_weight" if is_old else "L.weight_scale"
+    path = tmp_path / "model.safetensors"
+    save_file({"L.weight": codes, name: scale, **beside}, path, metadata)
+    file = open_weights(str(path))
+    weights = as_tensors(file, read_marked(file), formats=())
+    if not is_packed(weights["L.weight"]):  # ComfyUI's own layer reads it as it is
+        assert shape in ((1,), (96, 1)) and (not is_old or dtype != torch.int8)
+        weights = as_tensors(file, read_marked(file))
+    else:
+        assert needs_own_reader(str(path))
+    rows, columns = (*shape, 1)[:2]
+    scales = scale.view(rows, columns).repeat_interleave(96 // rows, 0)
+    expected = codes.float() * scales.repeat_interleave(256 // columns, 1)
+    assert set(weights) == {"L.weight"}
+    assert torch.equal(weights["L.weight"].dequantize(), expected)
+
+
+@pytest.mark.parametrize("marker", ["none", "scaled_fp8"])
+@pytest.mark.parametrize("shape", [(96, 4, 1), (96, 1), (1,)], ids=str)
+def test_a_factor_of_all_scales_counts(shape, marker, tmp_path):
+    """musubi-tuner's, under the marker too, where ComfyUI would pass over it."""
+    codes, scale = torch.randn(96, 256).to(FP8), torch.rand(shape)
+    path = tmp_path / "model.safetensors"
+    save_file({"L.weight": codes, "L.scale_weight": scale,
+               "L.scale_weight_tensor": torch.tensor([0.375]), **MARKERS[marker](None)[0]}, path)
+    assert needs_own_reader(str(path))
+    file = open_weights(str(path))
+    weights = as_tensors(file, read_marked(file), formats=())
+    columns = 256 // (*shape, 1)[1]
+    of_blocks = codes.float().view(96, -1, columns) * scale.view(len(scale), -1, 1) * 0.375
+    assert set(weights) == {"L.weight"}
+    torch.testing.assert_close(weights["L.weight"].dequantize(), of_blocks.view(96, 256),
+                               rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_a_second_scale_under_a_mark_is_refused_unless_it_is_1(dtype, tmp_path):
+    tensors = {"L.weight": torch.ones(4, 4).to(dtype), "L.weight_scale": torch.tensor(1.0),
+               "L.comfy_quant": mark_of({"format": FORMATS[dtype]})}
+    for second in (1.0, 3.0):
+        path = tmp_path / f"{second}.safetensors"
+        save_file(tensors | {"L.weight_scale_2": torch.tensor(second)}, path)
+        file = open_weights(str(path))
+        if second == 1:
+            assert torch.equal(as_tensors(file, read_marked(file))["L.weight"].dequantize(),
+                               torch.ones(4, 4))
+            continue
+        with pytest.raises(WeightFileError, match="it has weight_scale_2, which .* has not"):
+            as_tensors(file, read_marked(file))
+
+
+def lightx2v(name):
+    """(weight, other parts) as LightX2V's kernels write them of (96, 320) values."""
+    if name == "nvfp4":
+        return torch.zeros(96, 160).byte(), {"weight_scale": torch.ones(128, 20).to(FP8),
+                                             "weight_global_scale": torch.tensor(1.0)}
+    bits = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}[name]
+    scale = torch.ones(128, 12).to(torch.float8_e8m0fnu)
+    return torch.zeros(96, 320 * bits // 8).byte(), {"weight_scale": scale}
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp6", "mxfp8"])
+def test_bytes_of_lightx2v_are_named_with_their_writer(name, as_bytes, tmp_path):
+    weight_, parts = lightx2v(name)
+    if as_bytes:
+        parts["weight_scale"] = parts["weight_scale"].view(torch.uint8)
+    path = tmp_path / "model.safetensors"
+    save_file({f"L.{part}": tensor for part, tensor in {"weight": weight_, **parts}.items()}, path)
+    assert needs_own_reader(str(path))
+    with pytest.raises(WeightFileError) as error:
+        open_weights(str(path)).state_dict()
+    assert str(error.value) == (
+        f"model.safetensors: 'L', packed by LightX2V: it is in {name}, which is not read from its"
+        " files. Get its fp8 or int8, or the model as GGUF.")
+
+
+@pytest.mark.parametrize(("columns", "scale"), [
+    (128, (128, 8)), (128, (128, 16, 1)), (100, (128, 13)), (128, ())], ids=str)
+def test_bytes_are_nvfp4_by_their_own_shapes_alone(columns, scale, tmp_path):
+    message = (r"'L', packed by an unknown tool: it has weight of uint8 .*which are of no format"
+               r" that is read\. Get another conversion\.$")
+    with pytest.raises(WeightFileError, match=message):
+        read(tmp_path / "a.safetensors", {
+            "L.weight": torch.zeros(128, columns).byte(),
+            "L.weight_scale": torch.ones(scale).to(FP8), "L.weight_scale_2": torch.ones(1)})

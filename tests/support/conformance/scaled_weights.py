@@ -46,6 +46,19 @@ def of_rows(dtype, scale_shape, scale_dtype=torch.float32):
     return Written(parts, codes.float() * scale.float().view(-1, 1), held=None)
 
 
+def of_musubi(dtype, shape, whole):
+    """Scales of 64 columns, (N, K / 64, 1) or (N, K / 64), as musubi-tuner keeps them, where not of
+    int8, and one factor for all of them."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-100, 100, (96, 256), generator=generator).float().to(dtype)
+    scale = torch.rand(96, 4, 1, generator=generator) * 0.01
+    values = codes.float().view(96, 4, 64) * (scale if whole is None else scale * whole)
+    parts = {"weight": codes, "scale_weight": scale.view(shape)}
+    if whole is not None:
+        parts["scale_weight_tensor"] = torch.tensor(whole)
+    return Written(parts, values.view(96, 256), held=None)
+
+
 def of_nibbles():
     """nvfp4 without a marker has the low nibble first."""
     parts = {"weight": torch.tensor([[0x21] * 8, [0x9F] * 8], dtype=NIBBLES),
@@ -70,6 +83,8 @@ WRITERS = {
     # four rows of 50 and not of 64, would say what divides
     **grid("blocks of a config", of_llm_compressor, shape=[(200, 250)], block=[(64, 64), (96, 32)],
            held=[None]),
+    **grid("blocks of musubi-tuner", of_musubi, dtype=[FP8, torch.float8_e5m2, INT8],
+           shape=[(96, 4, 1), (96, 4)], whole=[None, 0.375]),
     **grid("groups", of_llm_compressor, shape=[(96, 256), (7, 192), (128, 512)],
            block=[(1, 64), (1, 32)], named=[True, False], held=[None]),
     **grid("mxfp8", of_exponents, shape=[(96, 128), (7, 352), (1, 32)], named=[True, False]),
@@ -90,8 +105,8 @@ BAD = {name: (lambda parts=parts: Written(parts), {}, message)
         "weight": ones(128, 128, dtype=FP8), "weight_scale_inv": ones(7, 3)}),
     "blocks of three axes": (r"\(blocks\): it has weight .* expected \(N, K\) of float8", {
         "weight": ones(2, 128, 128, dtype=FP8), "weight_scale_inv": ones(2, 1, 1)}),
-    "blocks of int8": (r"it has weight of int8 .* of float8_e4m3fn or float8_e5m2", {
-        "weight": ones(128, 128, dtype=INT8), "weight_scale_inv": ones(1, 1)}),
+    "blocks of bytes": (r"it has weight of uint8 .* of float8_e4m3fn, float8_e5m2 or int8", {
+        "weight": ones(128, 128, dtype=NIBBLES), "weight_scale_inv": ones(1, 1)}),
     "fp8 of other rows": (r"\(rows\): it has weight_scale of float32 .* with N = 128", {
         "weight": ones(128, 128, dtype=FP8), "weight_scale": ones(64)}),
     "fp8 of two scales": ("it has weight_scale_2, expected only weight, weight_scale", {
@@ -125,9 +140,15 @@ BAD = {name: (lambda parts=parts: Written(parts), {}, message)
         "weight": ones(256, 256, dtype=FP8), "weight_scale": ones(0, 2)}),
     "blocks of nothing": (r"it has weight of float8_e4m3fn \(0, 256\), expected", {
         "weight": ones(0, 256, dtype=FP8), "weight_scale": ones(2, 2)}),
-    "nvfp4 of other groups": (r"expected \(N, K / 16\) of float8_e4m3fn with N = 128, K = 256", {
-        "weight": ones(128, 128, dtype=NIBBLES), "weight_scale": ones(128, 8, dtype=FP8),
-        "weight_scale_2": ones(1)}),
+    "blocks of more axes": (r"it has weight_scale of float32 \(128, 2, 2\), expected", {
+        "weight": ones(128, 128, dtype=FP8), "weight_scale": ones(128, 2, 2)}),
+    "a factor of all scales of nothing": (
+        r"'L.scale_weight_tensor' is part of a weight packed by .* whose other parts are missing", {
+            "weight": ones(128, 128, dtype=INT8), "weight_scale": ones(128, 2),
+            "scale_weight_tensor": ones(1)}),
+    "two factors of all scales": (r"it has scale_weight_tensor of float32 \(2,\), expected one", {
+        "weight": ones(128, 128, dtype=FP8), "scale_weight": ones(128, 2, 1),
+        "scale_weight_tensor": ones(2)}),
 }.items()} | damaged(
     lambda: of_svdquant(True, 8, torch.bfloat16),
     half_a_low_rank=({"svdquant_lora_a": None}, r"\(nvfp4\): it has no svdquant_lora_a, expected"
