@@ -42,6 +42,7 @@ SIDE_MODELS = (
      "CLIP bigG"),
     (r"^vision_model\.encoder\.layers\.30\.|^visual\.transformer\.resblocks\.30\.", CLIP_VISION,
      "CLIP H"),
+    (r"^visual\.transformer\.30\.", CLIP_VISION, "CLIP H, under Wan's names"),
     (r"^vision_model\.encoder\.layers\.26\.", CLIP_VISION, "SigLIP"),
     (r"^vision_model\.encoder\.layers\.22\.|^visual\.transformer\.resblocks\.22\.", CLIP_VISION,
      "CLIP L"),

@@ -73,6 +73,10 @@ TOKENIZER_OF = {
                     TOKENIZER_JSON)
 }
 
+# published files that hold theirs
+WITH_TOKENIZER = {"UMT5_XXL": ", such as umt5_xxl_fp16.safetensors or"
+                              " umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org, or a GGUF"}
+
 ANY = "stable_diffusion"  # type for encoders that the host builds by their weights
 
 
@@ -180,7 +184,8 @@ def reject_missing_tokenizers(names: Sequence[str], families: Sequence[str | Non
             raise WeightFileError(
                 f"{name} is {_title(family)} without its tokenizer, and ComfyUI does not have it."
                 f" For a folder: put the {' or '.join(TOKENIZER_FILES[key])} that was"
-                f" published with the encoder into it. For a file: get one that holds {key}.")
+                f" published with the encoder into it. For a file: get one that holds {key}"
+                f"{WITH_TOKENIZER.get(family, '')}.")
 
 
 def _reject_wrong_encoder(name: str, family: str | None, clip_type: str) -> str:

@@ -6,6 +6,7 @@ from ..container.weight_file import WeightFile, WeightFileError, map_file
 from .diffusers_folder import ModelFolder
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFile
+from .torch_file import TorchFile
 from .wrong_format import sniff_wrong_format
 
 
@@ -19,7 +20,7 @@ def open_weights(path: str | os.PathLike) -> WeightFile:
     if path.is_dir():
         return ModelFolder(path)
     head = map_file(path)[:512]
-    for container in (GGUFFile, SafetensorsFile):
+    for container in (GGUFFile, SafetensorsFile, TorchFile):
         if container.recognises(head):
             return container(path)
     raise WeightFileError(

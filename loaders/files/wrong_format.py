@@ -2,9 +2,6 @@
 import codecs
 
 ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
-CHECKPOINT = (
-    "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an "
-    "archive; otherwise use a ComfyUI loader, or get the model as GGUF.")
 LFS_POINTER = (
     "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model"
     " itself.")
@@ -13,11 +10,6 @@ OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
 # First bytes of a file -> what it is and what to do.
 WRONG_FORMATS = {
     b"version https://git-lfs": LFS_POINTER,
-    b"PK\x03\x04": CHECKPOINT,
-    b"\x80\x02": CHECKPOINT,
-    b"\x80\x03": CHECKPOINT,
-    b"\x80\x04": CHECKPOINT,
-    b"\x80\x05": CHECKPOINT,
     b"\x1f\x8b": ARCHIVE,
     b"7z\xbc\xaf": ARCHIVE,
     b"Rar!": ARCHIVE,

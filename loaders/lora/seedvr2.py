@@ -11,8 +11,8 @@ from comfy.model_detection import detect_unet_config
 from ..comfyui.detection import try_detect
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
+from ..files.torch_file import is_plain, read_torch_object
 from ..paths.folders import find_companion
-from .torch_file import is_plain, read_torch_object
 
 # ComfyUI's name in the model's file -> name of the text's own file, without its suffix
 FILES = {"positive_conditioning": "pos_emb", "negative_conditioning": "neg_emb"}

@@ -5,7 +5,7 @@ from typing import Any
 import comfy.clip_vision
 import torch
 
-from ...ops.tensor.row_slicing import take_rows
+from ...ops.tensor.row_slicing import dense, take_rows
 from ..comfyui.keep_packed import keep_packed
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
@@ -13,6 +13,15 @@ from ..comfyui.wrong_kind import CLIP_VISION
 from .side_models import Kind, PackedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
+OF_WAN = re.compile(r"^visual\.transformer\.\d")
+# names in Wan-Video/Wan2.1, wan/modules/clip.py -> in open_clip
+NAMES_OF_WAN = {
+    "transformer.": "transformer.resblocks.", "cls_embedding": "class_embedding",
+    "pos_embedding": "positional_embedding", "patch_embedding": "conv1", "pre_norm": "ln_pre",
+    "post_norm": "ln_post", "head": "proj", "norm1": "ln_1", "norm2": "ln_2",
+    "attn.to_qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.0": "mlp.c_fc",
+    "mlp.2": "mlp.c_proj",
+}
 
 
 def load_clip_vision(path: str, pack_to: str | None = None,
@@ -42,6 +51,8 @@ def _wrap(clip_vision: Any, packed_file: PackedFile):
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
     """Builds the host's CLIP vision model from the weights of a file, see `Kind.build`."""
+    if any(map(OF_WAN.match, state_dict)):
+        state_dict = _in_names_of_open_clip(state_dict)
     weights: dict[str, Any] = {
         key: _Rows(tensor) if operations and FUSED.search(key) else tensor
         for key, tensor in state_dict.items()
@@ -52,6 +63,18 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
     names["ClipVisionModel"] = type(model_class.__name__, (model_class,), {
         "__init__": rebind(model_class.__init__, names)})
     return rebind(comfy.clip_vision.load, names)(name)
+
+
+def _in_names_of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the vision part of a CLIP under Wan's names with those and the shapes of open_clip's.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.startswith("visual."):
+            for old, new in NAMES_OF_WAN.items():
+                name = name.replace(old, new)
+            renamed[name] = dense(tensor).squeeze() if name.endswith("_embedding") else tensor
+    return renamed
 
 
 class _Rows:

@@ -45,6 +45,8 @@ class EncoderFile:
                                                             return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(
                 weights, model_prefix="", metadata=metadata)
+            if comfy.sd.detect_te_model(self.weights) is None:
+                self.arch = arch_of(self.weights)
             progress.stage()
             return
         self.file = file = open_weights(path)

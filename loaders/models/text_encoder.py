@@ -1,6 +1,5 @@
 """Loads text encoders from weight files and folders as the host's own CLIP, with packed weights."""
 import collections
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,12 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.lt
-import comfy.utils
 import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
-from ..comfyui.contents import encoder_comfy_keys, file_contents
+from ..comfyui.contents import encoder_comfy_keys, file_contents, shapes_only
 from ..comfyui.detection import (
     UNKNOWN_ERRORS,
     explain_build_errors,
@@ -100,8 +98,10 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     notes: list[str] = []
     weights, pack_stats, towers = _read_weights(paths, mmproj, progress, targets.files, formats,
-                                                notes, device)
-    _check_encoders(paths, weights, clip_type)
+                                                notes, device, clip_type)
+    for name, part in zip(map(model_name, paths), weights):
+        log.info("%s: %s, %s bytes in memory", name, TITLES.get(_family_of(name, part) or ""),
+                 sum(tensor.nbytes for tensor in part.values()))
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
@@ -142,12 +142,22 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
         return clip
     except WeightFileError:
         _families_of(paths)
+        if any(map(_has_other_names, paths)):
+            return None
         raise
     except (RuntimeError, *UNKNOWN_ERRORS) as error:
         if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
             raise
         log.debug("ComfyUI does not load %s", paths, exc_info=True)
         return None
+
+
+def _has_other_names(path: str) -> bool:
+    """Returns whether the host knows an encoder only by the names that this pack gives it."""
+    contents = file_contents(path)
+    as_stored = unwrap_encoder(shapes_only(contents.tensors))
+    return comfy.sd.detect_te_model(as_stored) is None and (
+        comfy.sd.detect_te_model(encoder_comfy_keys(contents)[0]) is not None)
 
 
 def _type_of_files(paths: list[str]) -> str:
@@ -167,11 +177,7 @@ def _families_of(paths: list[str]) -> list[str | None]:
 
 def _comfy_keys(path: str) -> Weights:
     """Returns the tensors of an encoder's file, without values, under the host's names."""
-    if os.path.isdir(path) or path.lower().endswith((".gguf", ".safetensors", ".sft")):
-        return encoder_comfy_keys(file_contents(path))[0]
-    # a file of torch, which only the host reads
-    weights, _ = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    return weights
+    return encoder_comfy_keys(file_contents(path))[0]
 
 
 def _family_of(name: str, tensors: Weights) -> str | None:
@@ -198,8 +204,9 @@ def _names(paths: list[str]) -> str:
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                   targets: Sequence[str | None], formats: frozenset[str], notes: list[str],
-                  device: torch.device) -> tuple[list[Weights], PackStats | None, list[str]]:
-    """Reads the state dict of each file, with the host's names, and packs it to its target.
+                  device: torch.device,
+                  clip_type: str) -> tuple[list[Weights], PackStats | None, list[str]]:
+    """Reads the state dict of each file, with the host's names, checks and packs it to its target.
 
     The mmproj file goes to the first encoder that it fits. `notes` gets those of the files. The
     last that is returned are the names of the mmproj files that are used.
@@ -222,6 +229,7 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
     for encoder in encoders:
         notes += encoder.tower_notes if mmproj == AUTO or encoder.tower else []
     weights = [encoder.convert() for encoder in progress.track(encoders)]
+    _check_encoders(paths, weights, clip_type)
     pack_stats = []
     for index, (encoder, target) in enumerate(zip(encoders, targets)):
         if target and encoder.file:
@@ -247,6 +255,3 @@ def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
     if warning:
         log.warning("%s", warning)
     reject_missing_tokenizers(names, families, weights)
-    for name, family, part in zip(names, families, weights):
-        log.info("%s: %s, %s bytes in memory", name,
-                 TITLES.get(family or "", family), sum(tensor.nbytes for tensor in part.values()))

@@ -1,21 +1,24 @@
-"""T5 XXL, XL and base, ByT5, UMT5, and older T5 without a gate.
+"""T5 XXL, XL and base, ByT5, UMT5, also under Wan's names, and older T5 without a gate.
 
 Of a whole model the encoder is kept.
 """
+from typing import ClassVar
+
 from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ..tokenizer import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
+OF_WAN = "blocks.0.ffn.gate.0.weight"
 UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384
 
 
 class T5(Arch):
-    """T5, exported by llama.cpp or with the names of transformers.
+    """T5, exported by llama.cpp, with the names of Wan or with those of transformers.
 
-    Those are the host's, except for the embedding's.
+    The last are the host's, except for the embedding's.
     """
 
-    follows = "llama.cpp 0.5.0, conversion/t5.py"
+    follows = "llama.cpp 0.5.0, conversion/t5.py; Wan-Video/Wan2.1, wan/modules/t5.py"
     names = {
         "token_embd": "shared",
         "enc.blk.{}.attn_norm": f"{LAYER}.0.layer_norm",
@@ -30,11 +33,22 @@ class T5(Arch):
         "enc.blk.{}.ffn_down": f"{LAYER}.1.DenseReluDense.wo",
         "enc.output_norm": "encoder.final_layer_norm",
     }
+    names_of_wan: ClassVar = {
+        "token_embedding": "shared",
+        "blocks.{}.norm1": f"{LAYER}.0.layer_norm",
+        **{f"blocks.{{}}.attn.{part}": f"{LAYER}.0.SelfAttention.{part}" for part in "qkvo"},
+        "blocks.{}.pos_embedding.embedding": f"{LAYER}.0.SelfAttention.relative_attention_bias",
+        "blocks.{}.norm2": f"{LAYER}.1.layer_norm",
+        "blocks.{}.ffn.gate.{}": f"{LAYER}.1.DenseReluDense.wi_0",
+        "blocks.{}.ffn.fc1": f"{LAYER}.1.DenseReluDense.wi_1",
+        "blocks.{}.ffn.fc2": f"{LAYER}.1.DenseReluDense.wo",
+        "norm": "encoder.final_layer_norm",
+    }
     names_without_gate = {**names, "enc.blk.{}.ffn_up": f"{LAYER}.1.DenseReluDense.wi"}
 
     @classmethod
     def recognises(cls, weights):
-        names = ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0))
+        names = ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0), OF_WAN)
         return any(name in weights for name in names)
 
     @classmethod
@@ -42,6 +56,8 @@ class T5(Arch):
         # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
         unused = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
+        if OF_WAN in weights:
+            return rename_keys(weights, cls.names_of_wan)
         is_gated = "enc.blk.0.ffn_gate.weight" in weights
         weights = rename_keys(weights, cls.names if is_gated else cls.names_without_gate)
         # transformers saves the one embedding under either name, or both.
@@ -50,7 +66,8 @@ class T5(Arch):
 
     @classmethod
     def tokenizer(cls, weights, metadata):
-        names = ("token_embd.weight", "shared.weight", "encoder.embed_tokens.weight")
+        names = ("token_embd.weight", "shared.weight", "encoder.embed_tokens.weight",
+                 "token_embedding.weight")
         tokens = next((len(weights[name]) for name in names if name in weights), 0)
         # The host brings the tokenizers of T5 and ByT5.
         return sentencepiece(weights, metadata) if tokens > UMT5_TOKENS else {}

@@ -29,6 +29,8 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import ARCHS, arch_of
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.models import text_encoder
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.layers import packed_layers
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -256,3 +258,57 @@ def test_a_t5_for_which_the_type_has_no_use_is_refused(tmp_path):
     with pytest.raises(WeightFileError, match="t5.gguf is T5-XXL; wan wants UMT5-XXL"):
         load_text_encoder([str(tmp_path / "t5.gguf")], "wan",
                           model_options=ENCODERS["t5-xxl"].model_options)
+
+
+IN_NAMES_OF_WAN = {
+    "shared": "token_embedding", "encoder.final_layer_norm": "norm", "encoder.block": "blocks",
+    "layer.0.layer_norm": "norm1", "layer.1.layer_norm": "norm2",
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.0.SelfAttention": "attn", "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1", "layer.1.DenseReluDense.wo": "ffn.fc2"}
+
+
+def in_names_of_wan(encoder):
+    """Its weights under the names of Wan-Video/Wan2.1, wan/modules/t5.py, and under the host's."""
+    weights = random_weights(encoder) | {
+        name: torch.zeros(shape) for name, shape in encoder.markers.items()}
+    renamed = {}
+    for name, value in weights.items():
+        for old, new in IN_NAMES_OF_WAN.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    assert len(renamed) == len(weights) and not any("layer" in name for name in renamed)
+    return renamed, weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("pack_to", [None, "Q4_K"])
+def test_umt5_under_wans_names_says_which_file_to_take_before_it_is_packed(
+        pack_to, dtype, suffix, tmp_path, monkeypatch):
+    """Its file has no tokenizer, which ComfyUI does not have either."""
+    monkeypatch.setattr(text_encoder, "pack_weights", None)
+    weights, _ = in_names_of_wan(ENCODERS["umt5-xxl of transformers"])
+    path = str(tmp_path / f"umt5-xxl-enc{suffix}")
+    tensors = {name: (value.to(dtype) if value.ndim > 1 else value) for name, value in
+               weights.items()}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    assert inspect(path)[0].title == f"umt5-xxl-enc{suffix} is a text encoder: UMT5-XXL."
+    with pytest.raises(WeightFileError) as error:
+        load_text_encoder([path], "wan", pack_to=pack_to)
+    assert str(error.value).startswith(
+        f"umt5-xxl-enc{suffix} is UMT5-XXL without its tokenizer, and ComfyUI does not have it.")
+    assert "such as umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled" in str(error.value)
+
+
+def test_umt5_under_wans_names_with_its_tokenizer_writes_the_same_states(tmp_path):
+    encoder = ENCODERS["umt5-xxl of transformers"]
+    for name, weights in zip(("wan", "host"), in_names_of_wan(encoder)):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        (folder / "spiece.model").write_bytes(spiece_model().numpy().tobytes())
+    expected, found = (hidden_states(load_encoder(tmp_path / name, encoder))
+                       for name in ("host", "wan"))
+    assert torch.equal(found, expected)

@@ -665,8 +665,8 @@ def test_a_count_cannot_make_us_walk_through_the_weights(tmp_path):
 MISTAKEN = {
     "empty": (b"", "is empty"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
-    "zip": (b"PK\3\4" + bytes(60), "torch checkpoint"),
-    "pickle": (b"\x80\x02}q\0.", "torch checkpoint"),
+    "zip": (b"PK\3\4" + bytes(60), "cannot be read as a model: the file is damaged"),
+    "pickle": (b"\x80\x02}q\0.", "cannot be read as a model"),
     "web page": (b"\n<!DOCTYPE html><html>", "web page"),
     "lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",

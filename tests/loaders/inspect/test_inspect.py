@@ -259,7 +259,8 @@ def truncated(path, flux_file):
 
 BAD_FILES = {
     "cut.gguf": (truncated, "download"),
-    "old.ckpt": (lambda path, _: path.write_bytes(b"PK\x03\x04" + bytes(99)), "torch checkpoint"),
+    "old.ckpt": (lambda path, _: path.write_bytes(b"PK\x03\x04" + bytes(99)),
+                 "cannot be read as a model"),
     "folder": (lambda path, _: path.mkdir(), "is a folder without the config.json"),
     "gone.gguf": (lambda path, _: None, "does not exist"),
 }

@@ -2,13 +2,19 @@
 import pickle
 import resource
 import struct
+import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
+from patched_models import relative, run, tiny_flux
+from safetensors.torch import save_file
 
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.lora.torch_file import read_torch_file
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.files.torch_file import read_torch_file
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.models.diffusion import load_diffusion_model
 
 TENSORS = {"a.lora_up.weight": torch.randn(8, 4), "a.lora_down.weight": torch.randn(4, 8).half(),
            "a.alpha": torch.tensor(4.0), "b.diff": torch.randn(8).bfloat16(),
@@ -63,3 +69,40 @@ def test_damaged_and_hostile_pickles_are_a_sentence(data, tmp_path):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(WeightFileError, match="a.pt cannot be read as a LoRA"):
         read_torch_file(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_model_that_torch_saved_is_packed_and_inspected(zipped, small_models, tmp_path):
+    """It is in ComfyUI's own loader too, without packing."""
+    path = str(tmp_path / "model.pt")
+    torch.save({"state_dict": tiny_flux()}, path, _use_new_zipfile_serialization=zipped)
+    save_file(tiny_flux(), tmp_path / "model.safetensors")
+    plain, packed, of_safetensors = (
+        run(load_diffusion_model(str(tmp_path / name), pack_to=pack_to))
+        for name, pack_to in (("model.pt", None), ("model.pt", "Q8_0"),
+                              ("model.safetensors", "Q8_0")))
+    assert torch.equal(packed, of_safetensors) and 0 < relative(packed, plain) < 0.05
+    found, = inspect(path)
+    assert found.title == "model.pt is a diffusion model: Flux.1."
+    assert found.nbytes == inspect(tmp_path / "model.safetensors")[0].nbytes
+
+
+def test_a_model_with_a_program_in_it_is_not_read(tmp_path):
+    torch.save({"a": Call(eval, "1")}, tmp_path / "a.pt")
+    with pytest.raises(WeightFileError, match=r"^a.pt cannot be read as a model: .*safetensors\.$"):
+        open_weights(tmp_path / "a.pt")
+
+
+def test_an_archive_is_told_from_a_file_of_torch(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("model.safetensors", b"x")
+    with pytest.raises(WeightFileError, match="^a.pt: it is an archive. Unpack it and pick the"):
+        open_weights(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"a": 1}, [1], {"a": torch.zeros(2, dtype=torch.complex128)}], ids=str)
+def test_a_file_of_torch_without_weights_is_a_sentence(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(WeightFileError, match="^a.pt holds .*, expected the weights of a model"):
+        open_weights(tmp_path / "a.pt")

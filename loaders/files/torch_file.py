@@ -6,23 +6,64 @@ import re
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from ..container.weight_file import WeightFileError, first_line, map_file
+from ..container.network_drives import should_read_into_memory
+from ..container.weight_file import (
+    Entry,
+    WeightFile,
+    WeightFileError,
+    first_line,
+    map_file,
+)
+from .safetensors import SafetensorsFile
+from .wrong_format import ARCHIVE
 
 # What the pickle of a file of tensors names. torch allows more, such as `bytearray`, of which a
 # file of 179 bytes makes any number of bytes.
 GLOBALS = re.compile(
     r"collections OrderedDict"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v[23]|parameter)"
     r"|torch(\.storage)? (\w+Storage|Size|(b?float|u?int|complex)\d+\w*|bool)")
 LEGACY_PICKLES = 5  # one after the other, in files from before 2020
 
 
-def read_torch_file(path: str) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a LoRA: those of a dict, of its `state_dict` or of the only dict in it.
+class TorchFile(SafetensorsFile):
+    """The weights of a model in a file that torch saved.
+
+    Raises:
+        WeightFileError: the file is damaged, or holds more than tensors, or other ones.
+    """
+
+    def __init__(self, path: Path):
+        self._tensors = read_torch_file(
+            str(path), "a model", is_mapped=not should_read_into_memory(path))
+        names = {dtype: name for name, dtype in self.dtypes.items()}
+        other = next((tensor.dtype for tensor in self._tensors.values()
+                      if tensor.dtype not in names), None)
+        if other is not None or not self._tensors:
+            raise WeightFileError(f"{path.name} holds {other or 'no tensors'}, expected the weights"
+                                  " of a model. Pick another file.")
+        WeightFile.__init__(self, path, [path], [map_file(path)], {}, {
+            name: Entry(name, tuple(tensor.shape), tuple(tensor.shape), names[tensor.dtype], 0,
+                        tensor.nbytes) for name, tensor in self._tensors.items()})
+
+    @staticmethod
+    def recognises(head: bytes) -> bool:
+        return head.startswith((b"PK\x03\x04", *(b"\x80%c" % protocol for protocol in range(2, 6))))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def read_torch_file(path: str, what: str = "a LoRA",
+                    is_mapped: bool = False) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a file: those of a dict, of its `state_dict` or of the only dict in it.
+
+    Args:
+        path, what, is_mapped: as for `read_torch_object`.
 
     Returns:
         Name -> tensor on the CPU.
@@ -30,7 +71,7 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
-    loaded = read_torch_object(path, "a LoRA")
+    loaded = read_torch_object(path, what, is_mapped)
     if not isinstance(loaded, dict):
         return {}
     only_value = next(iter(loaded.values())) if len(loaded) == 1 else None
@@ -43,29 +84,35 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
     for key, tensor in tensors.items():
         if not is_plain(tensor):
             raise WeightFileError(
-                f"{Path(path).name} cannot be read as a LoRA: its {key!a:.100} is not a plain"
+                f"{Path(path).name} cannot be read as {what}: its {key!a:.100} is not a plain"
                 " tensor, or is larger than its data in the file. Get it as safetensors.")
-    return tensors
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 
-def read_torch_object(path: str, what: str) -> Any:
+def read_torch_object(path: str, what: str, is_mapped: bool = False) -> Any:
     """Returns the object in a file that torch saved, of tensors on the CPU and plain containers.
 
-    torch reads from memory here: from a file it would allocate as much as a damaged length says.
+    torch reads from memory here, or maps: else it would allocate as much as a damaged length says.
 
     Args:
         path: of the file.
         what: it should hold, such as "a LoRA", for messages.
+        is_mapped: whether the tensors of a zip file, torch's since 2020, are mapped.
 
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
     name = Path(path).name
-    content = io.BytesIO(map_file(path))
+    content = map_file(path)
+    is_mapped = is_mapped and content[:2] == b"PK"
     try:
-        _reject_compressed(content)
-        _reject_other_globals(content)
-        return torch.load(content, map_location="cpu", weights_only=True)
+        with open(path, "rb") if is_mapped else io.BytesIO(content) as content:
+            _reject_compressed(content)
+            _reject_other_globals(content)
+            return torch.load(str(path) if is_mapped else content, map_location="cpu",
+                              weights_only=True, mmap=is_mapped)
+    except WeightFileError as error:
+        raise WeightFileError(f"{name}: {error}") from error
     except pickle.UnpicklingError as error:
         raise WeightFileError(
             f"{name} cannot be read as {what}: it is damaged, or holds more than tensors, which"
@@ -76,21 +123,29 @@ def read_torch_object(path: str, what: str) -> Any:
             f" ({first_line(error)}). Download it again.") from error
 
 
-def _reject_compressed(content: io.BytesIO):
-    """Raises ValueError for a zip file that would grow when it is read; torch's are not compressed.
-    """
-    if content.getbuffer()[:2] == b"PK":
+def _is_zip(content: BinaryIO) -> bool:
+    content.seek(0)
+    head = content.read(2)
+    content.seek(0)
+    return head == b"PK"
+
+
+def _reject_compressed(content: BinaryIO):
+    """Raises ValueError for a zip file that would grow when it is read, as torch's never do, and
+    WeightFileError for one that is no file of torch's."""
+    if _is_zip(content):
         with zipfile.ZipFile(content) as archive:
             files = archive.infolist()
+        if not any(file.filename.endswith(".pkl") for file in files):
+            raise WeightFileError(ARCHIVE)
         size = sum(file.file_size for file in files)
-        if any(file.compress_type for file in files) or size > len(content.getbuffer()):
+        if any(file.compress_type for file in files) or size > content.seek(0, io.SEEK_END):
             raise ValueError("it is compressed, which torch never does")
-        content.seek(0)
 
 
-def _reject_other_globals(content: io.BytesIO):
+def _reject_other_globals(content: BinaryIO):
     """Raises UnpicklingError for a pickle that names anything but `GLOBALS`."""
-    if content.getbuffer()[:2] == b"PK":
+    if _is_zip(content):
         with zipfile.ZipFile(content) as archive:
             pickles = [archive.read(file) for file in archive.infolist()
                        if file.filename.endswith(".pkl")]
@@ -105,7 +160,7 @@ def _reject_other_globals(content: io.BytesIO):
     content.seek(0)
 
 
-def _check_pickle(content: io.BytesIO):
+def _check_pickle(content: BinaryIO):
     texts = ["", ""]
     for opcode, argument, _ in pickletools.genops(content):
         name = None
