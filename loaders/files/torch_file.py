@@ -10,14 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..container.network_drives import should_read_into_memory
-from ..container.weight_file import (
-    Entry,
-    WeightFile,
-    WeightFileError,
-    first_line,
-    map_file,
-)
+from ..container.weight_file import Entry, WeightFile, WeightFileError, first_line, map_file
 from .safetensors import SafetensorsFile
 from .wrong_format import ARCHIVE
 
@@ -38,14 +31,12 @@ class TorchFile(SafetensorsFile):
     """
 
     def __init__(self, path: Path):
-        self._tensors = read_torch_file(
-            str(path), "a model", is_mapped=not should_read_into_memory(path))
+        self._tensors = read_torch_file(str(path), "a model")
         names = {dtype: name for name, dtype in self.dtypes.items()}
-        other = next((tensor.dtype for tensor in self._tensors.values()
-                      if tensor.dtype not in names), None)
-        if other is not None or not self._tensors:
-            raise WeightFileError(f"{path.name} holds {other or 'no tensors'}, expected the weights"
-                                  " of a model. Pick another file.")
+        other = {tensor.dtype for tensor in self._tensors.values()} - names.keys()
+        if other or not self._tensors:
+            raise WeightFileError(f"{path.name} holds {next(iter(other), 'no tensors')}, expected"
+                                  " the weights of a model. Pick another file.")
         WeightFile.__init__(self, path, [path], [map_file(path)], {}, {
             name: Entry(name, tuple(tensor.shape), tuple(tensor.shape), names[tensor.dtype], 0,
                         tensor.nbytes) for name, tensor in self._tensors.items()})
@@ -58,12 +49,8 @@ class TorchFile(SafetensorsFile):
         return self._tensors[name]
 
 
-def read_torch_file(path: str, what: str = "a LoRA",
-                    is_mapped: bool = False) -> dict[str, torch.Tensor]:
+def read_torch_file(path: str, what: str = "a LoRA") -> dict[str, torch.Tensor]:
     """Reads the tensors of a file: those of a dict, of its `state_dict` or of the only dict in it.
-
-    Args:
-        path, what, is_mapped: as for `read_torch_object`.
 
     Returns:
         Name -> tensor on the CPU.
@@ -71,7 +58,7 @@ def read_torch_file(path: str, what: str = "a LoRA",
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
-    loaded = read_torch_object(path, what, is_mapped)
+    loaded = read_torch_object(path, what)
     if not isinstance(loaded, dict):
         return {}
     only_value = next(iter(loaded.values())) if len(loaded) == 1 else None
@@ -89,28 +76,28 @@ def read_torch_file(path: str, what: str = "a LoRA",
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 
-def read_torch_object(path: str, what: str, is_mapped: bool = False) -> Any:
+def read_torch_object(path: str, what: str) -> Any:
     """Returns the object in a file that torch saved, of tensors on the CPU and plain containers.
 
-    torch reads from memory here, or maps: else it would allocate as much as a damaged length says.
+    torch reads a zip file as it is, whose lengths are checked, and others from memory: from a file
+    it would allocate as much as a damaged length says.
 
     Args:
         path: of the file.
         what: it should hold, such as "a LoRA", for messages.
-        is_mapped: whether the tensors of a zip file, torch's since 2020, are mapped.
 
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
     name = Path(path).name
-    content = map_file(path)
-    is_mapped = is_mapped and content[:2] == b"PK"
+    mapped = map_file(path)
+    is_zip = mapped[:2] == b"PK"
     try:
-        with open(path, "rb") if is_mapped else io.BytesIO(content) as content:
-            _reject_compressed(content)
-            _reject_other_globals(content)
-            return torch.load(str(path) if is_mapped else content, map_location="cpu",
-                              weights_only=True, mmap=is_mapped)
+        with open(path, "rb") if is_zip else io.BytesIO(mapped) as content:
+            if is_zip:
+                _reject_other_archives(content, len(mapped))
+            _reject_other_globals(content, is_zip)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except WeightFileError as error:
         raise WeightFileError(f"{name}: {error}") from error
     except pickle.UnpicklingError as error:
@@ -123,29 +110,21 @@ def read_torch_object(path: str, what: str, is_mapped: bool = False) -> Any:
             f" ({first_line(error)}). Download it again.") from error
 
 
-def _is_zip(content: BinaryIO) -> bool:
-    content.seek(0)
-    head = content.read(2)
-    content.seek(0)
-    return head == b"PK"
-
-
-def _reject_compressed(content: BinaryIO):
+def _reject_other_archives(content: BinaryIO, size: int):
     """Raises ValueError for a zip file that would grow when it is read, as torch's never do, and
     WeightFileError for one that is no file of torch's."""
-    if _is_zip(content):
-        with zipfile.ZipFile(content) as archive:
-            files = archive.infolist()
-        if not any(file.filename.endswith(".pkl") for file in files):
-            raise WeightFileError(ARCHIVE)
-        size = sum(file.file_size for file in files)
-        if any(file.compress_type for file in files) or size > content.seek(0, io.SEEK_END):
-            raise ValueError("it is compressed, which torch never does")
+    with zipfile.ZipFile(content) as archive:
+        files = archive.infolist()
+    if not any(file.filename.endswith(".pkl") for file in files):
+        raise WeightFileError(ARCHIVE)
+    if any(file.compress_type for file in files) or sum(file.file_size for file in files) > size:
+        raise ValueError("it is compressed, which torch never does")
+    content.seek(0)
 
 
-def _reject_other_globals(content: BinaryIO):
+def _reject_other_globals(content: BinaryIO, is_zip: bool):
     """Raises UnpicklingError for a pickle that names anything but `GLOBALS`."""
-    if _is_zip(content):
+    if is_zip:
         with zipfile.ZipFile(content) as archive:
             pickles = [archive.read(file) for file in archive.infolist()
                        if file.filename.endswith(".pkl")]

@@ -12,7 +12,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
-from ..comfyui.contents import encoder_comfy_keys, file_contents, shapes_only
+from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import (
     UNKNOWN_ERRORS,
     explain_build_errors,
@@ -141,8 +141,7 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
             check.attach(clip)
         return clip
     except WeightFileError:
-        _families_of(paths)
-        if any(map(_has_other_names, paths)):
+        if all(_families_of(paths)):  # known by other names than the host's
             return None
         raise
     except (RuntimeError, *UNKNOWN_ERRORS) as error:
@@ -150,14 +149,6 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
             raise
         log.debug("ComfyUI does not load %s", paths, exc_info=True)
         return None
-
-
-def _has_other_names(path: str) -> bool:
-    """Returns whether the host knows an encoder only by the names that this pack gives it."""
-    contents = file_contents(path)
-    as_stored = unwrap_encoder(shapes_only(contents.tensors))
-    return comfy.sd.detect_te_model(as_stored) is None and (
-        comfy.sd.detect_te_model(encoder_comfy_keys(contents)[0]) is not None)
 
 
 def _type_of_files(paths: list[str]) -> str:

@@ -55,14 +55,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
-from .comfyui_settings import (
-    CONVROT,
-    FORMAT,
-    LINEAR_DTYPE,
-    ROTATION_SIZE,
-    is_rotated,
-    setting,
-)
+from .comfyui_settings import CONVROT, FORMAT, LINEAR_DTYPE, ROTATION_SIZE, is_rotated, setting
 from .parts import FLOATS, GET_OTHER_CONVERSION, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
