@@ -180,10 +180,9 @@ def pack_parts(settings: Mapping[str, Any],
 
 
 def has_block_scales(codes: torch.Tensor, scale: torch.Tensor | None) -> bool:
-    """Returns whether the scales of a matrix are those of blocks of columns, or of several rows:
-    neither one nor one for each row."""
-    return (scale is not None and codes.ndim == 2 and scale.ndim in (2, 3) and scale.numel() > 1
-            and not scale.numel() == len(codes) == max(scale.shape))
+    """Returns whether each row of a matrix has several scales, those of blocks of columns."""
+    return (scale is not None and codes.ndim == 2 and scale.ndim in (2, 3)
+            and len(scale) == len(codes) and scale.shape[1] > 1)
 
 
 def is_kernel(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:

@@ -24,5 +24,5 @@ def test_codes_without_a_quant_state_are_refused_by_their_name(codes, others, tm
     with pytest.raises(WeightFileError, match=(
             r"^model.safetensors: 'a.weight', packed by bitsandbytes \(4 bits\): it has no"
             r" quant_state.bitsandbytes__nf4, expected .* of uint8\. Get another"
-            r" get another conversion\.$")):
+            r" conversion\.$")):
         open_weights(path).state_dict()
