@@ -32,6 +32,7 @@ from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
 from ..comfyui.load_check import NOTES_KEY, load_notes
 from ..comfyui.model_summary import PACK_STATS_KEY
+from ..comfyui.source_use import use_of_source
 from ..container.weight_file import WeightFileError, first_line
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
@@ -40,7 +41,6 @@ from ..progress import Progress
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
 from .pack_on_load import PackStats, pack_weights, size_of_target
-from .source_use import use_of_source
 
 ADVICE = ("Put Pack Model (Featherweight) before the node that adds it, or choose `pack to` in a"
           " loader of this pack.")

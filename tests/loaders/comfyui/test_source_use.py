@@ -16,9 +16,9 @@ from host_nodes import seeded, two_steps
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui import source_use
 from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models import source_use
 from featherweight.loaders.models.pack_model import pack_model
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -143,5 +143,5 @@ def _names_in(value: Any) -> set[str]:
     held = [value] if isinstance(value, types.FunctionType) else vars(type(value)).values()
     codes = [each.__code__ for each in held if isinstance(each, types.FunctionType)]
     for code in codes:
-        codes.extend(each for each in code.co_consts if isinstance(each, types.CodeType))
+        codes.extend(each for each in code.co_consts if hasattr(each, "co_names"))
     return {name for code in codes for name in code.co_names}
