@@ -94,7 +94,7 @@ class _Finder:
             # copy.deepcopy copies neither functions nor weak references
             is_copied = is_copied and not isinstance(value, (types.FunctionType, weakref.ref))
             waiting.extend((each, is_copied, depth + 1) for each in _inside(value)
-                           if not kind or each is not value.__self__)
+                           if not kind or each is not getattr(value, "__self__", None))
         return kinds | {"block"} if "whole" in kinds and names & self._names else kinds
 
     def _kind(self, value: Any) -> str:

@@ -41,7 +41,7 @@ START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
          " pack.__path__ = [sys.argv[1]];"
          " import featherweight.ops.kernels.checking_process as module; module.main()")
 # with the same flags: what "-s" leaves out, as portable ComfyUI does, may be another torch
-FLAGS = subprocess._args_from_interpreter_flags()
+FLAGS = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
 COMMAND = sys.executable, *FLAGS, "-c", START, str(PACK)
 
 
