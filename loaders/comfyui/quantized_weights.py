@@ -114,38 +114,16 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
         WeightFileError: if a layer is damaged or in a format that is not read.
     """
     out = dict(state_dict)
-    layer_class = _layer_class()
     for layer, names in _parts_of_layers(state_dict).items():
-        codes = state_dict.get(f"{layer}.weight")
         is_inside = layer.startswith(prefix)
-        if codes is None or not (is_inside or _is_kernel_or_bank(state_dict, layer)):
+        if f"{layer}.weight" not in state_dict:
             continue
-        parts = {name: state_dict[name] for name in names}
-        bias = state_dict.get(f"{layer}.bias")
+        parts, bias = {name: state_dict[name] for name in names}, state_dict.get(f"{layer}.bias")
         try:
-            if codes.ndim < 2 or not codes.numel():
-                raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
-            settings = _read_settings(parts[f"{layer}{MARK}"])
-            _check_settings(layer, settings, names)
-            weight = None
-            if is_bank(settings, codes):
-                weight, bias = _packed(pack_bank, layer, settings, parts, bias)
-                if weight is None and codes.ndim == 2 and not host_reads_flat_banks():
-                    raise UnreadFormatError(
-                        f"a flat bank of experts in {safe_repr(format_of(settings))}", UPDATE)
-            elif is_kernel(settings, codes):
-                weight, bias = _packed(pack_parts, layer, settings, parts, bias)
-                if weight is None:
-                    raise _kernel_error(settings)
-            elif codes.ndim in (2, 4):  # 4: in tiles
-                scale = parts.get(f"{layer}.{SCALE}")
-                read_here = READERS if formats is None or host_misreads(
-                    settings, scale) else formats
-                if format_of(settings) in read_here:
-                    weight, bias = _packed(pack_parts, layer, settings, parts, bias)
-                if weight is None and formats is None:
-                    weight = _host_weight(layer_class, layer, parts)
+            weight, bias = _read_layer(layer, parts, bias, formats if is_inside else ())
         except UnreadFormatError as error:
+            if not is_inside:
+                continue  # what loads that part of a checkpoint, if anything does, says so
             raise _unread_layer_error(file, layer, error) from error
         if weight is not None:
             for name in names:
@@ -154,6 +132,48 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             if bias is not None:
                 out[f"{layer}.bias"] = bias
     return out
+
+
+def _read_layer(layer: str, parts: dict[str, torch.Tensor], bias: torch.Tensor | None,
+                formats: Container[str] | None) -> tuple[QuantizedTensor | None,
+                                                         torch.Tensor | None]:
+    """Returns the weight of one layer and its bias; None for a weight that the host reads in parts.
+
+    Args:
+        layer: its name.
+        parts: the tensors of its weight, by their whole names.
+        bias: of the layer, or None.
+        formats: as for `as_tensors`.
+
+    Raises:
+        UnreadFormatError: neither this pack nor the host reads it.
+    """
+    codes = parts[f"{layer}.weight"]
+    if codes.ndim < 2 or not codes.numel():
+        raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    name, weight = format_of(settings), None
+    _check_settings(layer, settings, parts)
+    if is_bank(settings, codes):
+        weight, bias = _packed(pack_bank, layer, settings, parts, bias)
+        if weight is None and codes.ndim == 2 and not host_reads_flat_banks():
+            raise UnreadFormatError(f"a flat bank of experts in {safe_repr(name)}", UPDATE)
+    elif is_kernel(settings, codes):
+        weight, bias = _packed(pack_parts, layer, settings, parts, bias)
+        if weight is None:
+            raise UnreadFormatError(f"it is the kernel of a convolution in {safe_repr(name)}, which"
+                                    " ComfyUI does not read", GET_OTHER_CONVERSION)
+    elif codes.ndim in (2, 4):  # 4: in tiles
+        scale = parts.get(f"{layer}.{SCALE}")
+        is_ours = formats is None or host_misreads(settings, scale)
+        if name in (READERS if is_ours else formats):
+            weight, bias = _packed(pack_parts, layer, settings, parts, bias)
+        if weight is None and codes.ndim == 2:
+            of_host = _host_weight(layer, dict(parts))  # the host's layer pops what it uses
+            return (of_host if formats is None else None), bias
+    if weight is None:
+        _layer_settings(layer, parts)
+    return weight, bias
 
 
 def _check_settings(layer: str, settings: Mapping[str, Any], names: Iterable[str]):
@@ -188,16 +208,6 @@ def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bo
             and (scale.ndim == 1 or scale.shape[1:].numel() > 1))
 
 
-def _is_kernel_or_bank(state_dict: Mapping[str, torch.Tensor], layer: str) -> bool:
-    """Returns whether a layer, whose mark may be damaged, is a convolution or a bank of experts."""
-    try:
-        settings = _read_settings(state_dict[f"{layer}{MARK}"])
-    except UnreadFormatError:
-        return False
-    codes = state_dict[f"{layer}.weight"]
-    return is_bank(settings, codes) or is_kernel(settings, codes)
-
-
 @functools.cache
 def host_reads_flat_banks() -> bool:
     """Returns whether the host's layer for experts reads codes of all experts in one matrix."""
@@ -212,13 +222,6 @@ def host_reads_flat_banks() -> bool:
         return torch.equal(bank.expert_weight(1).dequantize(), codes[rows:].float())
     except Exception:  # what it raises is its own affair
         return False
-
-
-def _kernel_error(settings: Mapping[str, Any]) -> UnreadFormatError:
-    """Returns the error of a kernel of a convolution, which the host has no layer for."""
-    return UnreadFormatError(
-        f"it is the kernel of a convolution in {safe_repr(format_of(settings))}, which ComfyUI does"
-        " not read", GET_OTHER_CONVERSION)
 
 
 def in_parts(state_dict: Mapping[str, torch.Tensor],
@@ -404,105 +407,43 @@ def _other_fp8(settings: Mapping[str, Any], codes: torch.Tensor) -> str:
     return ""
 
 
-def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
-    """Raises WeightFileError if a layer is damaged or in a format that this host does not read.
+def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
+               metadata: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Returns whether the host's own loader reads all quantised layers of a file, none of which is
+    in one of some formats, and gives them the values that they have.
 
     Args:
-        file: the file of the state dict.
-        state_dict: of `read_marked`.
-    """
-    unread = find_unread_layer(state_dict, state_dict.__getitem__, {})
-    if unread is not None:
-        raise _unread_layer_error(file, *unread)
-
-
-def has_layer_to_read(names: Iterable[str], read: Callable[[str], torch.Tensor],
-                      metadata: Mapping[str, Any], formats: Container[str]) -> bool:
-    """Returns whether a layer of a file is in one of some formats, or has a mark or scales that
-    the host would misread or pass over; see `find_unread_layer`.
-
-    Raises:
-        MarkError: if the settings in the metadata are damaged.
-    """
-    names = dict.fromkeys(names)
-    settings: dict[str, Any] = {
-        name.removesuffix(OLD_SCALE): {"format": "float8_e4m3fn"}
-        for name in (names if old_markers(names) else ()) if name.endswith(OLD_SCALE)}
-    for name in names:
-        if name.endswith(MARK):
-            with contextlib.suppress(UnreadFormatError):  # the reader says what is wrong
-                settings[name.removesuffix(MARK)] = _read_settings(read(name))
-    for layer, given in (settings | listed_layers(metadata, names)).items():
-        if not isinstance(given, dict) or f"{layer}.weight" not in names:
-            continue
-        if format_of(given) in formats or any(unknown_settings(format_of(given), given)):
-            return True
-        scale = next((f"{layer}{end}" for end in (f".{SCALE}", OLD_SCALE)
-                      if f"{layer}{end}" in names), None)
-        if host_misreads(given, None if scale is None else read(scale)) or _other_fp8(
-                given, read(f"{layer}.weight")):
-            return True
-    return False
-
-
-def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
-                      metadata: Mapping[str, Any]) -> tuple[str, UnreadFormatError] | None:
-    """Finds the first quantised layer that this host does not read.
-
-    Args:
-        names: of the tensors of a file.
+        names: of the tensors of the file.
         read: returns a tensor by its name.
         metadata: of the file.
-
-    Returns:
-        (layer, error), or None if the host reads all layers.
+        formats: names of those that this pack computes.
 
     Raises:
-        MarkError: if the settings in the metadata are damaged.
+        MarkError: the settings in the metadata are damaged.
     """
     names = dict.fromkeys(names)
-    settings = listed_layers(metadata, names)
-    for name in names:
-        if name.endswith(OLD_INPUT_SCALE) and read(name).numel() != 1:
-            return (name.removesuffix(OLD_INPUT_SCALE),
-                    UnreadFormatError("its scale is not one number"))
-    layer_class = _layer_class()
-    marks = [f"{layer}{MARK}" for layer in settings]
+    listed = listed_layers(metadata, names)
+    marks = {f"{layer}{MARK}": mark_of(settings) for layer, settings in listed.items()}
+    marks |= {f"{name.removesuffix(OLD_SCALE)}{MARK}": mark_of({"format": "float8_e4m3fn"})
+              for name in (names if old_markers(names) else ()) if name.endswith(OLD_SCALE)}
     for layer, parts in _parts_of_layers([*names, *marks]).items():
         if f"{layer}.weight" not in names:
             continue
-        tensors = {name: read(name) for name in parts if name in names}
-        if layer in settings:
-            tensors[f"{layer}{MARK}"] = mark_of(settings[layer])
-        weight = tensors[f"{layer}.weight"]
-        wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
-        if wide is not None:
-            return layer, UnreadFormatError(f"{safe_repr(wide)} is float64")
-        mark = tensors[f"{layer}{MARK}"]
-        if _mended_mark(mark, weight) is not mark:
-            return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
-        if weight.ndim < 2 or not weight.numel():
-            return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
+        tensors = {name: marks[name] if name in marks else read(name) for name in parts}
+        weight, mark = tensors[f"{layer}.weight"], tensors[f"{layer}{MARK}"]
+        is_old = f"{layer}{OLD_SCALE}" in names and f"{layer}.{SCALE}" not in names
+        scale = read(f"{layer}{OLD_SCALE}") if is_old else tensors.get(f"{layer}.{SCALE}")
         try:
-            settings_of_layer = _read_settings(mark)
-            _check_settings(layer, settings_of_layer, tensors)
-            if is_bank(settings_of_layer, weight):
-                if _packed(pack_bank, layer, settings_of_layer, tensors, None)[0] is not None:
-                    return layer, UnreadFormatError("it is a bank of experts")
-                _layer_settings(layer, tensors)
-            elif is_kernel(settings_of_layer, weight):
-                return layer, _kernel_error(settings_of_layer)
-            elif weight.ndim == 2:
-                _host_weight(layer_class, layer, tensors)
-            else:
-                _layer_settings(layer, tensors)
-        except UnreadFormatError as error:
-            return layer, error
-    return None
-
-
-def _layer_class() -> type:
-    return comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
+            settings = _read_settings(mark)
+            if (format_of(settings) in formats or host_misreads(settings, scale)
+                    or any(unknown_settings(format_of(settings), settings))
+                    or _mended_mark(mark, weight) is not mark
+                    or any(part.dtype == torch.float64 for part in tensors.values())
+                    or (not is_old and _read_layer(layer, tensors, None, ())[0] is not None)):
+                return False
+        except UnreadFormatError:
+            return False
+    return all(read(name).numel() == 1 for name in names if name.endswith(OLD_INPUT_SCALE))
 
 
 def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
@@ -567,8 +508,7 @@ def _packed(pack: Callable[..., PackedTensor | None], layer: str, settings: Mapp
         raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
 
 
-def _host_weight(layer_class: type, layer: str,
-                 parts: dict[str, torch.Tensor]) -> QuantizedTensor:
+def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
     """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
 
     Raises:
@@ -584,6 +524,7 @@ def _host_weight(layer_class: type, layer: str,
             f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     try:
         rows, columns = _shape(name, settings, layer, parts)
+        layer_class = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
         module = layer_class(columns, rows, bias=False)
         module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,

@@ -213,23 +213,18 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], compute:
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
         reject_unknown_model(file, state_dict,
                              "holds no checkpoint that this ComfyUI knows")
-    encoder_weights = {
-        name: tensor for name, tensor in state_dict.items()
-        if not name.startswith((prefix, *VAE_PREFIXES))
-    }
-    if encoder_formats:
-        state_dict = {
-            name: tensor for name, tensor in state_dict.items() if name not in encoder_weights
-        }
-        encoder_weights = as_tensors(file, encoder_weights, formats=encoder_formats)
-        state_dict |= encoder_weights
+    weights = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    others = as_tensors(file, {name: tensor for name, tensor in state_dict.items()
+                               if name not in weights}, formats=encoder_formats)
+    state_dict = weights | others
+    encoder_weights = {name: tensor for name, tensor in others.items()
+                       if not name.startswith(VAE_PREFIXES)}
     encoder_options, model_options = for_host["te_model_options"], for_host["model_options"]
     if any(map(is_packed, encoder_weights.values())):
         encoder_options = encoder_options | {
             "custom_operations": operations_for(encoder_weights, full_precision=True)}
-    model_options = model_options | {"custom_operations": operations_for(
-        {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
-        compute=compute)}
+    model_options = model_options | {"custom_operations": operations_for(weights,
+                                                                         compute=compute)}
     for_host = for_host | {"te_model_options": encoder_options, "model_options": model_options}
     is_vae_packed = any(is_packed(tensor) for name, tensor in state_dict.items()
                         if name.startswith(VAE_PREFIXES))

@@ -38,7 +38,6 @@ from ..comfyui.quantized_weights import (
     in_parts,
     pack_plain_fp8,
     read_marked,
-    reject_unread_layers,
 )
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
@@ -170,7 +169,6 @@ def read_weights(
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
         else:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
-        reject_unread_layers(file, state_dict)
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)

@@ -5,7 +5,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..comfyui.quantized_weights import as_tensors, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import as_tensors, read_marked
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, model_name
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import (
@@ -53,7 +53,6 @@ class EncoderFile:
         weights, self.metadata = read_marked(file, progress.track), file.metadata
         if not pack_to:
             weights = as_tensors(file, weights, formats=formats)
-            reject_unread_layers(file, weights)
         self.weights = unwrap_encoder(weights)
         if self.path.is_dir():
             te_model = comfy.sd.detect_te_model(self.weights)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..comfyui.quantized_weights import find_unread_layer, has_layer_to_read
+from ..comfyui.quantized_weights import host_reads
 from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..quantizers.base import Header
@@ -52,8 +52,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     # diffusers' q, k and v, which ComfyUI joins in some models without their scales
                     or any(layer.endswith((".to_q", ".to_k", ".to_v"))
                            for layer in marked_layers(metadata, keys))
-                    or has_layer_to_read(keys, file.get_tensor, metadata, host_formats)
-                    or find_unread_layer(keys, file.get_tensor, metadata) is not None)
+                    or not host_reads(keys, file.get_tensor, metadata, host_formats))
         except (SafetensorError, MarkError):
             return True
 

@@ -23,7 +23,6 @@ from ..comfyui.quantized_weights import (
     host_metadata,
     in_parts,
     read_marked,
-    reject_unread_layers,
 )
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
@@ -116,7 +115,6 @@ def load_side_model(path: str, kind: Kind, pack_to: str | None = None,
     progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind.title}")
     state_dict = read_marked(file, progress.track)
     state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
-    reject_unread_layers(file, state_dict)
     stand_ins, state_dict = kind.convert(state_dict) if kind.convert else ({}, state_dict)
     packed = None
     if pack_to:

@@ -20,6 +20,7 @@ from checkpoint_parts import (
 )
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
+from host_formats import ASYMMETRIC, in_host_format
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
 from safetensors.torch import save_file
 
@@ -309,6 +310,17 @@ def test_the_host_can_have_each_part_once_more(path):
         assert type(again.model) is type(patcher.model)
         assert again.model.state_dict().keys() == patcher.model.state_dict().keys()
         assert isinstance(again, PackedPatcher) == (patcher is not vae.patcher)
+
+
+def test_a_text_encoder_may_have_a_layer_that_this_comfyui_does_not_read(path):
+    weights = dict(stable_diffusion())
+    name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
+    parts, values = in_host_format(name, weights[name].float(), ASYMMETRIC)
+    save_file(weights | {key: part.contiguous() for key, part in parts.items()}, path)
+    _, clip, _ = load_checkpoint(path, output_model=False, output_vae=False)
+    weight = clip.cond_stage_model.clip_l.transformer.get_parameter(
+        name.removeprefix(f"{ENCODER}transformer."))
+    assert relative(weight.dequantize(), values) < 1e-3 and encode(clip).isfinite().all()  # float16
 
 
 def test_what_is_no_checkpoint_is_refused(path):

@@ -11,7 +11,6 @@ from featherweight.loaders.comfyui.quantized_weights import (
     as_tensors,
     host_reads_flat_banks,
     read_marked,
-    reject_unread_layers,
 )
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
@@ -61,7 +60,6 @@ def test_a_bank_becomes_one_packed_tensor_of_its_experts(case, is_flat, tmp_path
     file = open_weights(path)
     for formats in (READERS, ()):  # exact, and as ComfyUI
         weights = as_tensors(file, read_marked(file), formats=formats)
-        reject_unread_layers(file, weights)
         weight, = weights.values()
         assert is_packed(weight) and weight.shape == sizes
         assert (weight.dequantize() - values).abs().max() <= 1e-6 * values.abs().max()
@@ -185,7 +183,6 @@ def test_six_bits_that_this_comfyui_does_not_read_name_the_one_that_does(tmp_pat
         pytest.skip("this ComfyUI reads it")
     parts = asymmetric_parts(12, 512, bits=6) | {"comfy_quant": mark_of({"format": "w6a8_int8"})}
     file = open_weights(saved(tmp_path / "model.safetensors", parts))
-    weights = as_tensors(file, read_marked(file), formats=())
     with pytest.raises(WeightFileError, match=(
             r"^model.safetensors: .*\('w6a8_int8', which needs ComfyUI 0.38 or `compute` at")):
-        reject_unread_layers(file, weights)
+        as_tensors(file, read_marked(file), formats=())
