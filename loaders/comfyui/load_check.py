@@ -15,19 +15,16 @@ from comfy.model_patcher import ModelPatcher
 from ...ops.layers.load_hooks import FillEmpty, on_each_registration
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.log import log
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
-from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, describe, safe_repr
+from ...ops.tensor.packed_layout import is_packed
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, safe_repr
 from ..encoders.arch import TOKENIZER_NAMES
 from ..name_lists import join_some
-from ..quantizers.comfyui import FP8
-from ..quantizers.comfyui_marks import MARK
-from ..quantizers.leftover_scales import MAX_UNSCALED, root_mean_square
+from ..quantizers.judgement import judge
 from ..read_anyway import READ_ANYWAY, reads_anyway
+from .finite_output import FiniteOutput
 
 NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments
-FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
 MARKED_VALUES = 8  # of memory that is not initialised, which become NaN
-CODES = (torch.int8, torch.uint8)
 
 # A model has at most as many values as its file may have codes, and layers as it may name.
 CODES_OF_A_BYTE, BYTES_OF_A_LAYER = 8, 24
@@ -139,10 +136,11 @@ class LoadCheck:
         notes: sentences for the node.
     """
 
-    def __init__(self, name: str, notes: Iterable[str] = (), nbytes: int | None = None,
+    def __init__(self, name: str, notes: Iterable[str] | None = None, nbytes: int | None = None,
                  files: Mapping[str, str] | None = None):
         self.name = name
-        self.notes = list(notes)
+        self.notes = list(notes or ())
+        self._is_judged = notes is not None
         self._nbytes = nbytes
         self._files = files or {}
         self._values = self._layers = 0
@@ -185,14 +183,19 @@ class LoadCheck:
         self._loads.append((module, missing, unexpected))
         self._loaded |= state_dict.keys()
         _complete_cut_names(module, state_dict)
-        reject_codes(self.name, state_dict)
-        _reject_whole_numbers(self.name, module, state_dict)
-        zeros = [name for name, tensor in state_dict.items() if is_zeros(tensor)]
-        if zeros:
-            self.notes.append(
-                f"{join_some(map(safe_repr, zeros))} of {self.name}"
-                f" {'hold' if zeros[1:] else 'holds'} nothing but zeros, as after a broken"
-                " download. Download the file again if images are wrong.")
+        self._judge(module, state_dict)
+        if not any(isinstance(hook, FiniteOutput) for hook in module._forward_hooks.values()):
+            module.register_forward_hook(FiniteOutput(self.name))
+
+    def _judge(self, module: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]):
+        weights = (*module.named_parameters(), *module.named_buffers())
+        floats = {name for name, weight in weights if weight.is_floating_point()}
+        tensors = {name: tensor for name, tensor in state_dict.items()
+                   if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"}
+        judgement = judge(tensors, {}, tensors.__getitem__, floats, looks=not self._is_judged)
+        judgement.reject(lambda name, problem, advice: WeightFileError(
+            f"{self._files.get(name, self.name)}: {problem}. {advice}"))
+        self.notes += [f"{self.name}: {sentence}" for sentence in judgement.told]
 
     def finish(self):
         """Writes the notes, also to the model's patcher, and gives what no file has its value.
@@ -281,13 +284,13 @@ def load_notes(patcher: ModelPatcher) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def check_load(name: str, notes: Iterable[str] = (), nbytes: int | None = None,
+def check_load(name: str, notes: Iterable[str] | None = None, nbytes: int | None = None,
                files: Mapping[str, str] | None = None) -> Iterator[LoadCheck]:
     """While the host builds and loads a model, watches what it does not find in the file.
 
     Args:
         name: of the file, or of several.
-        notes: what the reader of the file says.
+        notes: what the reader of the file says; None: the host reads it.
         nbytes: of the weights, where their names say how large the model is; otherwise None.
         files: name of a weight -> that of its file, where it is another.
 
@@ -383,57 +386,3 @@ def _complete_cut_names(module: torch.nn.Module, state_dict: dict[str, torch.Ten
             if full.startswith(name) and full not in state_dict and shape == tensor.shape]
         if len(fitting) == 1:
             state_dict[fitting[0]] = state_dict.pop(name)
-
-
-def is_zeros(tensor: Any) -> bool:
-    """Returns whether a matrix or kernel, packed or not, has no byte but zeros."""
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or tensor.device.type != "cpu":
-        return False
-    data = packed_tensors(tensor)[0] if is_packed(tensor) else tensor
-    if isinstance(data, QuantizedTensor) or not data.is_contiguous() or not data.numel():
-        return False
-    data = data.view(-1).view(torch.uint8)
-    return not data[:FIRST_BYTES].any() and not data.any()
-
-
-def reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
-    """Raises WeightFileError for codes without their scales, from which a model draws noise.
-
-    Args:
-        name: of the file.
-        state_dict: its tensors.
-    """
-    codes = [key for key, tensor in state_dict.items() if lacks_scale(key, tensor, state_dict)]
-    if codes:
-        raise WeightFileError(
-            f"{name}: {safe_repr(codes[0])} holds codes without their scales"
-            f"{f', and so do {len(codes) - 1} more' if codes[1:] else ''}. {DOWNLOAD_AGAIN}")
-
-
-def _reject_whole_numbers(name: str, module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
-    """Raises WeightFileError for integers where the model has floats, which the host would cast."""
-    for key, weight in (*module.named_parameters(), *module.named_buffers()):
-        tensor = state_dict.get(key)
-        if (weight.is_floating_point() and isinstance(tensor, torch.Tensor)
-                and not is_packed(tensor) and not tensor.is_floating_point()
-                and f"{key.removesuffix('.weight')}{MARK}" not in state_dict):
-            raise WeightFileError(
-                f"{name}: {safe_repr(key)} is {describe(tensor)}, expected floats."
-                f" {DOWNLOAD_AGAIN}")
-
-
-def lacks_scale(name: str, tensor: torch.Tensor, names: Iterable[str]) -> bool:
-    """Returns whether a plain tensor holds codes that are no weights without a scale.
-
-    Args:
-        name: of the tensor.
-        tensor: of the file, or of a model.
-        names: of all tensors beside it.
-    """
-    if (not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or tensor.device.type == "meta"
-            or not name.endswith("weight") or is_packed(tensor)
-            or f"{name.removesuffix('.weight')}{MARK}" in names):
-        return False
-    if tensor.dtype in CODES:
-        return True
-    return tensor.dtype in FP8 and root_mean_square(tensor) > MAX_UNSCALED

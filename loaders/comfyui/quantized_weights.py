@@ -36,6 +36,7 @@ from ..container.weight_file import (
     first_line,
     safe_repr,
 )
+from ..files.scale_map import add_scales
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.comfyui import (
@@ -60,6 +61,7 @@ from ..quantizers.comfyui import (
 )
 from ..quantizers.comfyui_banks import is_bank, pack_bank
 from ..quantizers.comfyui_marks import (
+    BOOLEAN_TEXT,
     MARK,
     OLD_MARKER,
     OLD_SCALE,
@@ -313,10 +315,13 @@ def with_marks(file: WeightFile,
         listed = listed_layers(metadata, state_dict)
     except MarkError as error:
         raise WeightFileError(f"{file.path.name}: {error}. {DOWNLOAD_AGAIN}") from error
+    add_scales(file, state_dict)
+    file.judgement.reject(file.error_at)
+    for sentence in file.judgement.told:
+        file.note(f"{file.path.name}: {sentence}")
     _tell_of_absent_layers(file)
     for layer, settings in listed.items():
         if f"{layer}.weight" in state_dict:
-            _reject_contradiction(file, layer, settings, state_dict)
             state_dict[f"{layer}{MARK}"] = mark_of(settings)
     for marker in [] if SETTINGS in metadata else old_markers(state_dict):
         _reject_scales_of_inputs(file, state_dict)
@@ -358,23 +363,6 @@ def host_metadata(file: WeightFile) -> dict[str, str]:
     return {key: text for key, text in file.text_metadata.items() if key != SETTINGS}
 
 
-def _reject_contradiction(file: WeightFile, layer: str, settings: Any,
-                          state_dict: Mapping[str, torch.Tensor]):
-    """Raises WeightFileError if metadata and tensor name two formats for a layer."""
-    if f"{layer}{MARK}" not in state_dict:
-        return
-    try:
-        beside = _read_settings(state_dict[f"{layer}{MARK}"])
-    except UnreadFormatError:
-        return  # what reads the layer says what is wrong
-    names = [format_of(given) if isinstance(given, dict) else "" for given in (settings, beside)]
-    if names[0] != names[1]:
-        raise file.error_at(
-            f"{layer}.weight",
-            f"{safe_repr(f'{layer}.weight')} is in {safe_repr(names[0])} by its metadata and in"
-            f" {safe_repr(names[1])} by its comfy_quant", "Get another conversion.")
-
-
 def _reject_scales_of_inputs(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
     """Raises WeightFileError for a scale of an input that is not one number, as the host reads."""
     for name, tensor in state_dict.items():
@@ -396,7 +384,8 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
         return mark
     if other := _other_fp8(settings, weight):
         return mark_of(settings | {"format": other})
-    return mark_of(settings) if bytes_of(mark).endswith(b"\0") else mark
+    data = bytes_of(mark)
+    return mark_of(settings) if data.endswith(b"\0") or BOOLEAN_TEXT.search(data) else mark
 
 
 def _other_fp8(settings: Mapping[str, Any], codes: torch.Tensor) -> str:

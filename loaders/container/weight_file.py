@@ -93,8 +93,10 @@ class WeightFile:
         entries: name -> Entry, in the order of the file.
         notes: sentences about what of the file is not used, for the node.
         guard: raises WeightFileError if one of the mapped files was written to.
+        judgement: `quantizers.judgement.Judgement` of the tensors, once they are read.
     """
 
+    judgement: Any
     dtypes: ClassVar[Mapping[str, torch.dtype]] = PLAIN_DTYPES
     path: Path
     paths: tuple[Path, ...]

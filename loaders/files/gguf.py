@@ -25,6 +25,7 @@ from ..container.weight_file import (
 from ..quantizers import leftover_scales, scaled_weights
 from ..quantizers.base import join_weights
 from ..quantizers.comfyui_marks import marked_layers
+from ..quantizers.judgement import judged
 from ..quantizers.lost_marks import restore_marks
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_marks import marks_as_metadata
@@ -96,8 +97,9 @@ class GGUFFile(WeightFile):
             scale = tensors.get(f"{layer}.weight_scale")
             if scale is not None and scale.dtype == torch.float16:
                 tensors[f"{layer}.weight_scale"] = scale.float()
-        restore_marks(self, tensors)
-        join_weights((scaled_weights.QUANTIZER, leftover_scales.QUANTIZER), self, tensors)
+        with judged(self, tensors):
+            restore_marks(self, tensors)
+            join_weights((scaled_weights.QUANTIZER, leftover_scales.QUANTIZER), self, tensors)
         return tensors
 
     @property

@@ -120,7 +120,8 @@ def identify(contents: Contents) -> Inspection:
         block_sizes[type_name] = block_sizes.get(type_name, 0) + tensor.nbytes
     inspection = Inspection(
         contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
-        quantizer=quantizer_of(contents.file) if contents.file else "",
+        quantizer=quantizer_of(contents.file)
+        if contents.file and not contents.file.judgement.has_lost_marks else "",
         memory_bytes=contents.memory_bytes, patches=contents.patches,
         kernels=contents.kernels,
         parameters=sum(tensor.numel() for tensor in contents.tensors.values()),

@@ -6,10 +6,10 @@ from comfy.supported_models_base import BASE
 
 from ..comfyui.contents import Contents
 from ..comfyui.detection import try_detect
-from ..comfyui.load_check import is_zeros, lacks_scale
 from ..comfyui.model_summary import title_of
 from ..container.weight_file import safe_repr
 from ..packing_rules import bits_per_value
+from ..quantizers.judgement import judge
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
 OTHER_CONVERSION = "Download the file again, or get another conversion of the model."
@@ -32,22 +32,13 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
             f" {title_of(contents.formats[coarse[0]])}: that costs quality and saves hardly any"
             " memory. Take a file that keeps them in F32, F16 or BF16, as those of ComfyUI-GGUF's"
             " converter and of Save Packed Model (Featherweight) do.")
-    unscaled = [] if contents.problem else [
-        name for name, tensor in contents.tensors.items()
-        if lacks_scale(name, tensor, contents.tensors)
-    ]
-    if unscaled:
-        yield (
-            f"{_count(unscaled, 'weight has codes', 'weights have codes')} without their scales,"
-            f" such as {safe_repr(unscaled[0])} in {contents.formats[unscaled[0]]}: it gives noise."
-            f" {OTHER_CONVERSION}")
-    zeros = [name for name, tensor in contents.tensors.items() if is_zeros(tensor)]
-    if zeros:
-        yield (
-            f"{_count(zeros, 'weight holds', 'weights hold')} nothing but zeros, such as"
-            f" {safe_repr(zeros[0])}, as after a broken download. {OTHER_CONVERSION}")
     if contents.file is not None:
         yield from contents.file.notes
+        return
+    judgement = judge(contents.tensors, {}, contents.tensors.__getitem__)
+    if judgement.refused is not None:
+        yield f"{judgement.refused.problem}. {judgement.refused.advice}"
+    yield from judgement.told
 
 
 def shape_warnings(config: BASE, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from ..comfyui.detection import (
 from ..comfyui.diffusers_keys import reject_incomplete
 from ..comfyui.host_patcher import keep_weights_whole
 from ..comfyui.keep_packed import wrap_model
-from ..comfyui.load_check import bytes_of, check_load, reject_codes
+from ..comfyui.load_check import bytes_of, check_load
 from ..comfyui.module_files import (
     explain_module_errors,
     join_module,
@@ -93,7 +93,6 @@ def load_diffusion_model(path: str, extra: str | None = None,
     progress = Progress(*stages, "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats, device)
     if keeps_fp8:
-        reject_codes(os.path.basename(path), state_dict)
         state_dict = pack_plain_fp8(state_dict)
     prefix = model_prefix(state_dict)
     module = {}

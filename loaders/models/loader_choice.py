@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from ..comfyui.quantized_weights import host_reads
 from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
+from ..files.scale_map import TORCH, scale_map
 from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
+from ..quantizers.judgement import judge
 from ..quantizers.registry import has_quantized_weights
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
@@ -36,7 +38,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True
     if not is_safetensors(path):
-        return False
+        return str(path).lower().endswith(TORCH) and scale_map(path) is not None
     if is_shard(path):
         return True
     try:
@@ -52,6 +54,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     # diffusers' q, k and v, which ComfyUI joins in some models without their scales
                     or any(layer.endswith((".to_q", ".to_k", ".to_v"))
                            for layer in marked_layers(metadata, keys))
+                    or judge({name: _header_of(file, name) for name in keys}, metadata,
+                             file.get_tensor, looks=False).refused is not None
                     or not host_reads(keys, file.get_tensor, metadata, host_formats))
         except (SafetensorError, MarkError):
             return True

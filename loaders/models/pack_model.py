@@ -38,6 +38,7 @@ from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..packing.source import Weight, source_of_model
 from ..progress import Progress
+from ..quantizers.judgement import judge
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
 from .pack_on_load import PackStats, pack_weights, size_of_target
@@ -174,6 +175,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
                           if (rest := patches[rounded.get(key, 0):])}
         packed.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(sorted(rounded.items())))
     made.stats.attach(packed)
+    packed.set_attachments(NOTES_KEY, load_notes(patcher) or load_notes(made.patcher))
     targets.attach(packed)
     packed.set_attachments(NOTES_KEY, (*load_notes(patcher), *notes))
     return packed
@@ -255,6 +257,9 @@ def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
     rounded: key of a weight -> how many of its patches are rounded in.
     """
     model, held, takers = patcher.model, file.held, file.takers
+    stored = {name: weight.tensor for name, weight in file.weights.items()}
+    judgement = judge(stored, {}, stored.__getitem__, stored)
+    judgement.reject(file.error_at)
     weights = {name: replace(weight, patches=_first_patches(weight, patcher, rounded))
                for name, weight in file.weights.items()}
     packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
@@ -295,6 +300,7 @@ def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
     make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
     made = make.patcher_of(copied)
     made.cached_patcher_init = make, (file.path,)
+    made.set_attachments(NOTES_KEY, tuple(f"{file.name}: {told}" for told in judgement.told))
     load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
     if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
         choose_kitchen_products(made)

@@ -110,7 +110,7 @@ def load_side_model(path: str, kind: Kind, pack_to: str | None = None,
     if not needs_own_reader(path, pack_to, formats):
         weights: Any
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return _build(name, kind, weights, metadata, None, [])
+        return _build(name, kind, weights, metadata, None, None)
     file = open_weights(path)
     progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind.title}")
     state_dict = read_marked(file, progress.track)
@@ -168,7 +168,7 @@ DIFFUSERS_CONTROLNET = "controlnet_cond_embedding.conv_in.weight"
 
 def _build(name: str, kind: Kind, state_dict: Mapping[str, torch.Tensor],
            metadata: Mapping[str, str] | None, operations: type | None,
-           notes: Iterable[str]) -> Any:
+           notes: Iterable[str] | None) -> Any:
     try:
         with explain_build_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
             given = dict(state_dict)

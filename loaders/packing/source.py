@@ -556,8 +556,8 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         key: text for key, text in file.text_metadata.items()
         if key == CONFIG or (is_side_model and not key.startswith(NOT_KEPT))
     }
-    return Source(weights, notes=notes, drop_pages=file.drop_pages, guard=guard, paths=paths,
-                  metadata=metadata, is_side_model=is_side_model)
+    return Source(weights, notes=[*file.notes, *notes], drop_pages=file.drop_pages, guard=guard,
+                  paths=paths, metadata=metadata, is_side_model=is_side_model)
 
 
 def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],

@@ -23,6 +23,8 @@ MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
 SETTINGS = "_quantization_metadata"
 OLD_MARKER, OLD_SCALE = "scaled_fp8", ".scale_weight"
+BOOLEAN_TEXT = re.compile(rb'"(true|false)"', re.IGNORECASE)
+BOOLEANS = {"true": True, "false": False}
 CHECKPOINT = "model.diffusion_model."  # before the names of a checkpoint's model
 # what tools put before the names of a model's layers
 WRAPPERS = re.compile(
@@ -42,7 +44,14 @@ def read_mark(data: bytes) -> dict[str, Any]:
         raise MarkError("its comfy_quant is not a JSON object") from error
     if not isinstance(settings, dict):
         raise MarkError("its comfy_quant is not a JSON object")
-    return settings
+    return with_booleans(settings)
+
+
+def with_booleans(settings: Any) -> Any:
+    """Returns settings, in which booleans may be texts, with booleans."""
+    if isinstance(settings, dict):
+        return {name: with_booleans(value) for name, value in settings.items()}
+    return BOOLEANS.get(settings.lower(), settings) if isinstance(settings, str) else settings
 
 
 def mark_of(settings: Any) -> torch.Tensor:
@@ -84,7 +93,7 @@ def _layers_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if SETTINGS not in metadata:
         return {}
     try:
-        return dict(read_json(metadata[SETTINGS])["layers"].items())
+        return dict(with_booleans(read_json(metadata[SETTINGS])["layers"]).items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MarkError(
             f'its metadata {SETTINGS} is not a JSON object with the formats of its "layers"'

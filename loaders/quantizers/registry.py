@@ -20,6 +20,7 @@ from . import (
     torchao,
 )
 from .base import Header, HeaderOf, join_weights
+from .judgement import judged
 from .lost_marks import restore_marks
 from .unsupported_quantizers import find_unsupported_quantizer, reject_unsupported_quantizers
 
@@ -68,6 +69,7 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         WeightFileError: the parts of a weight do not belong together, or a quantiser is not
             supported.
     """
-    restore_marks(file, tensors)
-    join_weights(IN_FILES, file, tensors, track)
-    reject_unsupported_quantizers(file, tensors)
+    with judged(file, tensors):
+        restore_marks(file, tensors)
+        join_weights(IN_FILES, file, tensors, track)
+        reject_unsupported_quantizers(file, tensors)

@@ -1,4 +1,5 @@
 """What an inspection warns of: files that draw badly, with what to take instead, and no others."""
+import re
 
 import pytest
 import torch
@@ -98,13 +99,13 @@ def test_codes_without_their_scales_are_named(model, tmp_path):
     for name in matrices:
         model[name] = (model[name] / model[name].abs().max() * 448).to(FP8)
     warning = the_warning(safetensors(tmp_path, model))
-    assert warning.startswith(f"{len(matrices)} weights have codes without their scales")
-    assert f"{min(matrices)!r} in F8_E4M3" in warning and "gives noise" in warning
+    assert re.match(r"It does not load: model.safetensors: '.*' holds codes without their scales,"
+                    rf" and so do {len(matrices) - 1} more", warning)
 
 
 def test_whole_numbers_without_a_scale_are_named(model, tmp_path):
     model[WEIGHT] = (model[WEIGHT] * 1000).to(torch.int8)
-    assert f"{WEIGHT!r} in I8" in the_warning(safetensors(tmp_path, model))
+    assert f"{WEIGHT!r} holds codes" in the_warning(safetensors(tmp_path, model))
 
 
 def test_fp8_of_the_weights_themselves_and_fp8_with_scales_are_no_warning(model, tmp_path):
@@ -127,5 +128,5 @@ def test_a_damaged_layer_of_comfyuis_formats_is_named(model, tmp_path):
 
 def test_a_weight_of_zeros_is_named(model, tmp_path):
     warning = the_warning(safetensors(tmp_path, model | {WEIGHT: torch.zeros_like(model[WEIGHT])}))
-    assert warning.startswith(f"1 weight holds nothing but zeros, such as {WEIGHT!r}")
+    assert warning.startswith(f"model.safetensors: {WEIGHT!r} holds nothing but zeros")
     assert "Download the file again" in warning
