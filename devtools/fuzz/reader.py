@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 from hypothesis import Phase
@@ -46,7 +47,7 @@ class Reader:
 
     def __init__(self, folder: Path, module: str = "devtools.fuzz.targets", hangs: float = HANGS):
         self.folder, self.module, self.hangs = folder, module, hangs
-        self.process: multiprocessing.process.BaseProcess | None = None
+        self.process: Any = None
         self.failing, self.fatal = None, None
 
     def __enter__(self) -> "Reader":
@@ -83,9 +84,8 @@ class Reader:
             self.failing, (key, text) = data, found
             raise error_class(*key)(text)
 
-    def _ask(self, question: str | bytes, seconds: float):
+    def _ask(self, question: str | bytes, seconds: float) -> Any:
         """Returns the answer of the process, or with which finding it ended."""
-        assert self.process is not None
         try:
             self.connection.send(question)
             if self.connection.poll(seconds):
@@ -111,20 +111,16 @@ def fuzz(reader: Reader, name: str, inputs: int, seed: int, past: Sequence[Path]
     Raises:
         AssertionError: An input broke a rule.
     """
-
-    def test(data):
-        reader.read(data)
-
-    test = hypothesis.given(reader.open(name))(test)
+    test = hypothesis.given(data=reader.open(name))(lambda data: reader.read(data))
     for path in past:
-        test = hypothesis.example(path.read_bytes())(test)
+        test = hypothesis.example(data=path.read_bytes())(test)
     test = hypothesis.seed(seed)(hypothesis.settings(
         max_examples=inputs, deadline=None, database=None, print_blob=False,
         report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
         phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=list(hypothesis.HealthCheck))(test))
+        suppress_health_check=list(hypothesis.HealthCheck))(test))  # pyright: ignore[reportArgumentType]
     try:
-        test()
+        test()  # pyright: ignore[reportCallIssue]
     except Exception as error:
         if reader.failing is None:
             raise
@@ -164,6 +160,7 @@ def _serve(connection, folder: Path, module: str):
             guard.settle()
             connection.send((list(target.samples), target.changes, target.longest))
         else:
+            assert target is not None
             finding = guard.run(target, question)
             connection.send(finding and (
                 finding.key, f"{finding.kind}, {finding.where}: {finding.text}"))

@@ -110,7 +110,7 @@ def soak(base: Path, prompts: int, minutes: float, every: int, seed: int = 1,
         while run_log.prompts < prompts and time.monotonic() < end:
             count = -(-min(every, prompts - run_log.prompts) // CLIENTS)
             with ThreadPoolExecutor(CLIENTS) as pool:
-                list(pool.map(lambda client: work(*client, run_log, count, end), clients))
+                list(pool.map(lambda each: work(each[0], each[1], run_log, count, end), clients))
             if server.has_ended():
                 run_log.mistakes.append(f"The server ended after {run_log.prompts} prompts.")
                 break

@@ -175,9 +175,9 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
                           if (rest := patches[rounded.get(key, 0):])}
         packed.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(sorted(rounded.items())))
     made.stats.attach(packed)
-    packed.set_attachments(NOTES_KEY, load_notes(patcher) or load_notes(made.patcher))
+    packed.set_attachments(NOTES_KEY, (
+        *(load_notes(patcher) or load_notes(made.patcher)), *notes))
     targets.attach(packed)
-    packed.set_attachments(NOTES_KEY, (*load_notes(patcher), *notes))
     return packed
 
 

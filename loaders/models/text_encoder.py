@@ -141,7 +141,8 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
             check.attach(clip)
         return clip
     except WeightFileError:
-        if all(_families_of(paths)):  # known by other names than the host's
+        known = [comfy.sd.detect_te_model(file_contents(path).tensors) for path in paths]
+        if all(_families_of(paths)) and None in known:  # by other names than the host's
             return None
         raise
     except (RuntimeError, *UNKNOWN_ERRORS) as error:

@@ -60,7 +60,7 @@ def test_loras_show_on_packed_models_as_on_the_dense_one(results):
         plain, _, loras = title.partition(" + ")
         dense = results[f"dense + {loras}"]["picture"]
         change = demo.difference(results["dense"]["picture"], dense)
-        assert results[title]["dense"] > change + 3, title  # dB
+        assert results[title]["dense"] > change + 8, title  # dB
         assert demo.difference(results[title]["picture"], results[plain]["picture"]) < change + 3
 
 
