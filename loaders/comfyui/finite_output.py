@@ -16,23 +16,27 @@ class FiniteOutput:
     """A hook of a model that is called after each of its steps.
 
     A file stays mapped, and to look at all of it while it loads would cost as much as reading it.
+    So its weights are looked at once, after the first output that is not finite.
 
     Attributes:
         name: of the file, or of several.
+        has_looked: whether the weights were found to be finite.
     """
 
     def __init__(self, name: str):
         self.name = name
+        self.has_looked = False
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: Any):
         """Raises WeightFileError if the output is not finite because of weights of the file."""
-        if torch.compiler.is_compiling() or (  # of a graph no value is known
+        if self.has_looked or torch.compiler.is_compiling() or (  # of a graph no value is known
                 torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()) or (
                 _is_finite(output) or reads_anyway()):
             return
         before = _patched_weights(module)
         damaged = [name for name, weight in (*module.named_parameters(), *module.named_buffers())
                    if not _is_finite(before.get(id(weight), weight))]
+        self.has_looked = not damaged
         if damaged:
             raise WeightFileError(
                 f"{self.name}: {join_some(map(safe_repr, damaged))}"

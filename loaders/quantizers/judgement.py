@@ -40,7 +40,7 @@ from .comfyui_marks import (
     read_mark,
 )
 from .comfyui_settings import is_rotated
-from .leftover_scales import MAX_UNSCALED, root_mean_square
+from .leftover_scales import MAX_UNSCALED
 
 FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
 LAST_BYTES = 1 << 16  # of a file, likewise
@@ -170,11 +170,12 @@ class _File:
         """
         if not dtype.is_floating_point or TABLE.search(name):
             return dtype in (torch.int8, torch.uint8)
-        if dtype in FP8:
-            return root_mean_square(self.sample(name)) > MAX_UNSCALED
-        values = self.sample(name).reshape(-1)[:FIRST_VALUES].float() if self.looks else None
-        if values is None or not values.numel() or not values.square().mean() > MAX_UNSCALED**2:
+        if dtype not in FP8 and not self.looks:
             return False
+        values = self.sample(name).reshape(-1)
+        values = torch.cat([values[:FIRST_VALUES], values[-FIRST_VALUES:]]).float()
+        if not values.numel() or not values.square().mean() > MAX_UNSCALED**2 or dtype in FP8:
+            return dtype in FP8 and bool(values.square().mean() > MAX_UNSCALED**2)
         are_whole = bool((values == values.round()).all() and (values.abs() < 256).all())
         return len(values.unique()) >= FEWEST_CODES and (are_whole or any(
             torch.equal(values.to(kind).float(), values) for kind in FP8))
