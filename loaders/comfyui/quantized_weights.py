@@ -167,8 +167,8 @@ def _read_layer(layer: str, parts: dict[str, torch.Tensor], bias: torch.Tensor |
                                     " ComfyUI does not read", GET_OTHER_CONVERSION)
     elif codes.ndim in (2, 4):  # 4: in tiles
         scale = parts.get(f"{layer}.{SCALE}")
-        is_ours = formats is None or host_misreads(settings, scale)
-        if name in (READERS if is_ours else formats):
+        ours = READERS if formats is None or host_misreads(settings, scale) else formats
+        if name in ours:
             weight, bias = _packed(pack_parts, layer, settings, parts, bias)
         if weight is None and codes.ndim == 2:
             of_host = _host_weight(layer, dict(parts))  # the host's layer pops what it uses
@@ -525,7 +525,8 @@ def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
     if ignored is not None:  # without it the host would compute with wrong values
         raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}",
                                 UPDATE)
-    return module.weight.detach()
+    weight: Any = module.weight.detach()
+    return weight
 
 
 def _shape(name: str, settings: Mapping, layer: str,

@@ -180,7 +180,7 @@ def reject_missing_tokenizers(names: Sequence[str], families: Sequence[str | Non
     """
     for name, family in zip(names, families):
         key = TOKENIZER_OF.get(family) if family else None
-        if key is not None and not any(key in part for part in weights):
+        if family and key is not None and not any(key in part for part in weights):
             raise WeightFileError(
                 f"{name} is {_title(family)} without its tokenizer, and ComfyUI does not have it."
                 f" For a folder: put the {' or '.join(TOKENIZER_FILES[key])} that was"
