@@ -33,11 +33,12 @@ from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
 from ..comfyui.load_check import NOTES_KEY, load_notes
 from ..comfyui.model_summary import PACK_STATS_KEY
 from ..comfyui.source_use import use_of_source
-from ..container.weight_file import WeightFileError, first_line
+from ..container.weight_file import WeightFileError, first_line, safe_repr
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..packing.source import Weight, source_of_model
 from ..progress import Progress
+from ..quantizers.comfyui import FP8
 from ..quantizers.judgement import judge
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
@@ -300,11 +301,23 @@ def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
     make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
     made = make.patcher_of(copied)
     made.cached_patcher_init = make, (file.path,)
-    made.set_attachments(NOTES_KEY, tuple(f"{file.name}: {told}" for told in judgement.told))
+    notes = [*judgement.told, *_coarse_weights(file)]
+    made.set_attachments(NOTES_KEY, tuple(f"{file.name}: {note}" for note in notes))
     load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
     if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
         choose_kitchen_products(made)
     return made, stats
+
+
+def _coarse_weights(file: _Model) -> list[str]:
+    """Returns a sentence, if the copy keeps weights that their loader has rounded to 8 bits."""
+    kept = [name for name, (layer, parameter_name) in file.held.items()
+            if name not in file.takers and getattr(layer, parameter_name).dtype in FP8
+            and file.weights[name].tensor.dtype not in FP8]
+    if not kept:
+        return []
+    return [f"{join_some(map(safe_repr, kept))} stay in 8 bits, to which their loader has rounded"
+            " them; what is packed is the file's. Choose the weight_dtype default in that loader."]
 
 
 def _first_patches(weight: Weight, patcher, counts: Mapping[str, int]) -> Sequence[Patch]:

@@ -32,6 +32,7 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import fit_device, pack_on_load
@@ -176,6 +177,13 @@ def test_weights_in_comfyuis_formats_are_packed_by_their_values(source, tmp_path
     assert all(isinstance(layer, PackedLayer) for layer in packed.model.modules()
                if is_packed(getattr(layer, "weight", None)))
     assert run(packed).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float8_e4m3fn}])
+def test_weights_that_their_loader_has_rounded_to_8_bits_and_that_stay_are_told(path, options):
+    model = comfy.sd.load_diffusion_model(path, model_options=options)
+    notes = " ".join(load_notes(pack_model(model, "Q8_0")))
+    assert ("stay in 8 bits, to which their loader has rounded them" in notes) == bool(options)
 
 
 def test_packed_weights_stay_as_they_are_and_share_their_memory(counted):
