@@ -323,7 +323,7 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
     worker = RowRenderer.__new__(RowRenderer)
     worker.info, worker.name = {"name": "attic"}, "attic:1"
     worker.store = SimpleNamespace(is_done=Mock(side_effect=error))
-    answer = worker.render({"id": "a", "stamp": ""})
+    answer = worker.render({}, {"id": "a", "stamp": ""})
     assert answer["status"] == "refused"
     assert re.fullmatch(
         r"attic could not write the images: .* Permission denied: '/pictures/a.png'",

@@ -11,7 +11,7 @@ INPUTS = 500
 SEEN = {
     "error": "foreign, KeyError", "name": "does not name the file", "sentence": "is no sentence",
     "memory": "bytes of Python's objects", "allocation": "foreign, MemoryError|^memory",
-    "time": "slow, ", "hang": "hangs, it was ended after 3", "wrote": "wrote, ",
+    "time": "slow, ", "hang": "hangs, it was ended after 10", "wrote": "wrote, ",
     "abort": "the process ended with ", "opened": "opened, ", "network": "network, ",
     "process": "process, ", "uint16": "NotImplementedError: 'U16'",
     "uint32": "NotImplementedError: 'U32'", "uint64": "NotImplementedError: 'U64'"}
@@ -31,7 +31,7 @@ class Recorder(Reader):
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    with Recorder(tmp_path_factory.mktemp("planted"), "planted_targets", hangs=3) as reader:
+    with Recorder(tmp_path_factory.mktemp("planted"), "planted_targets", hangs=10) as reader:
         yield reader
 
 

@@ -257,6 +257,7 @@ def used_by_device(backend, device, monkeypatch, caplog, tmp_path):
     monkeypatch.setitem(kernel_layer.BACKENDS, device.type, backend.name)
     monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
     monkeypatch.setenv(kernel_layer.VARIABLE, backend.name)
+    monkeypatch.setattr(kernel_layer, "ON_REQUEST", ())  # checked here, not in another process
     decide_on_demand(monkeypatch)
     caplog.set_level(logging.DEBUG)
     return device
