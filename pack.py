@@ -20,6 +20,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop_imports)
 
 import argparse  # noqa: E402
+import io  # noqa: E402
 import math  # noqa: E402
 import re  # noqa: E402
 import types  # noqa: E402
@@ -239,4 +240,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # a name may hold characters that this terminal, or a file on Windows, cannot
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

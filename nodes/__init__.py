@@ -9,6 +9,8 @@ while another pack has registered them.
 import functools
 import pkgutil
 import re
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +68,8 @@ class FeatherweightExtension(ComfyExtension):
         for error, names in left_out.items():
             log_lack(error, f"these nodes are left out: {', '.join(names)}")
         nodes = [node for node in nodes if not is_taken(node.GET_SCHEMA().node_id)]
+        for node in nodes:
+            node.execute = classmethod(release_files_on_error(node.execute.__func__))
         help_pages.serve(nodes)
         return nodes
 
@@ -128,6 +132,24 @@ def import_file(name: str) -> ModuleType | None:
         case _:
             return None
     return module
+
+
+def release_files_on_error(execute: Callable) -> Callable:
+    """Returns a node's function that leaves no file mapped where it raises.
+
+    ComfyUI keeps the error until the next prompt, and with it the variables of all functions that
+    it went through. On Windows a mapped file can be neither deleted nor replaced.
+    """
+    @functools.wraps(execute)
+    def run(*arguments, **inputs):
+        try:
+            return execute(*arguments, **inputs)
+        except Exception as error:
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
+            raise
+    return run
 
 
 def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:

@@ -19,7 +19,9 @@ import linear_calls
 import processes
 import pytest
 import torch
+import windows_rules
 
+from devtools import ROOT
 from devtools.host.environment import HOST_VERSION
 from featherweight.ops.layers import packed_layers
 
@@ -105,6 +107,18 @@ def pytest_runtest_makereport(item, call):
     ):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture(autouse=True)
+def as_on_windows(request):
+    """For tests that write files: what Windows refuses is refused on Linux too."""
+    path = request.path.relative_to(ROOT).as_posix()
+    if sys.platform == "linux" and path.startswith(windows_rules.FOLDERS) and (
+            not request.node.get_closest_marker("not_as_on_windows")):
+        with windows_rules.enforced():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def host_maps_no_files() -> bool:
 
 def is_on_network_share(path: Path) -> bool:
     """Returns whether a file is on a drive that other machines can write to."""
-    real_path = os.path.realpath(path)
-    if real_path.startswith("\\\\"):
+    real_path = os.path.realpath(path).removeprefix("\\\\?\\")  # of long paths on Windows
+    if real_path.startswith(("\\\\", "UNC\\")):
         return True
     # Of several mounts at one point, the last one is visible.
     mounts = {mount.mountpoint: mount for mount in psutil.disk_partitions(all=True)}

@@ -7,6 +7,7 @@ the lock until the file has its name.
 """
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ except ImportError:  # Windows, which neither removes nor renames a file that is
 
 SPARE = 64 << 20  # bytes left free on the disk for other programs
 PART = re.compile(r".+\.(\d+)\.featherweight\.part")  # group 1: the writer's process id
+IN_USE = ("is in use, by a model that ComfyUI has loaded from it or by another program, so it"
+          " cannot be replaced. Pick another name, or unload models and close that program")
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -69,7 +72,7 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()
-            (os.replace if overwrite else _rename_to_new)(part, path)
+            (_replace if overwrite else _rename_to_new)(part, path)
     except BaseException as error:
         if file is not None:
             file.close()
@@ -151,6 +154,8 @@ def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False
         raise WriteError(f"{path} is a folder. Give the name of a file.")
     if path.exists() and not overwrite:
         raise WriteError(f"{path} exists. Pick another name, or allow overwriting it.")
+    if path.exists() and _is_in_use(path):
+        raise WriteError(f"{path} {IN_USE}; nothing was written.")
     if not path.parent.is_dir():
         raise WriteError(f"The folder {path.parent} does not exist. Create it or pick another.")
     if not os.access(path.parent, os.W_OK):
@@ -241,6 +246,31 @@ def _rename_to_new(part: Path, path: Path):
     except FileExistsError as error:
         raise WriteError(f"{path} was created by another program meanwhile and was not overwritten."
                          " Pick another name.") from error
+
+
+def _is_in_use(path: Path) -> bool:
+    """Returns whether a file cannot be replaced as a program has it open, as on Windows."""
+    try:
+        os.rename(path, path)
+    except PermissionError:
+        return True
+    return False
+
+
+def _replace(part: Path, path: Path):
+    """Renames a finished file, to a free name where a file in use keeps its own.
+
+    Raises:
+        WriteError: it got another name, which the message tells.
+        OSError
+    """
+    try:
+        os.replace(part, path)
+    except PermissionError as error:
+        numbers = (path.with_stem(f"{path.stem} ({number})") for number in itertools.count(2))
+        free = next(name for name in numbers if not name.exists())
+        os.rename(part, free)
+        raise WriteError(f"{path} {IN_USE}; the finished file is {free.name}.") from error
 
 
 def _has_name(file: BinaryIO, path: Path) -> bool:

@@ -92,7 +92,7 @@ def read(entry: Path | None, read_entry: Callable[[Path], Entry]) -> Entry | Non
         return found
     except (KeyError, ValueError, OSError) as error:
         # what a reader advises is for files of people
-        reason = "it is damaged" if isinstance(error, WeightFileError) else error
+        reason = "it is damaged" if isinstance(error, WeightFileError) else str(error)
         log.warning(
             "The packed weights in %s cannot be used (%s), so they are packed"
             " again.", entry, reason)

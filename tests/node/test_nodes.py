@@ -8,6 +8,7 @@ from pathlib import Path
 
 import folder_paths
 import pytest
+import windows_rules
 from comfy_api.latest import io
 from legacy_ids import INPUTS, NAME, OUTPUTS
 from pack_nodes import current_nodes, ids_in_source, node_list
@@ -15,10 +16,10 @@ from pack_nodes import current_nodes, ids_in_source, node_list
 import featherweight.nodes
 import nodes as host_nodes
 from devtools import ROOT
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError, map_file
 from featherweight.loaders.models.pack_on_load import TYPES
 from featherweight.loaders.paths import folders
-from featherweight.nodes import help_pages
+from featherweight.nodes import help_pages, release_files_on_error
 from featherweight.nodes.remote_prompts import watch_prompts
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -288,3 +289,20 @@ def test_what_another_pack_adds_to_a_folder_later_is_listed(host_folders, tmp_pa
     (tmp_path / "late" / "late.gguf").touch()
     folder_paths.add_model_folder_path("diffusion_models", str(tmp_path / "late"))
     assert folders.list_files("unet_gguf") == ["late.gguf"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_that_a_node_refused_is_not_mapped_any_more(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(bytes(100))
+
+    def read():
+        mapped = map_file(path)
+        try:
+            raise KeyError(mapped[0])
+        except KeyError as error:
+            raise ValueError("damaged") from error
+
+    with pytest.raises(ValueError, match="damaged") as kept:
+        release_files_on_error(read)()
+    assert kept.value.__cause__ is not None and not windows_rules.is_busy(path)

@@ -306,6 +306,16 @@ def test_a_share_is_known_by_its_kind(tmp_path, monkeypatch, kind, options, is_s
     assert network_drives.is_on_network_share(tmp_path / "model.gguf") == is_share
 
 
+@pytest.mark.parametrize(("path", "is_share"), [
+    (r"\\server\models\a.gguf", True), (r"\\?\UNC\server\models\a.gguf", True),
+    (r"\\?\C:\models\a.gguf", False), (r"C:\models\a.gguf", False),
+])
+def test_a_share_is_known_by_its_path_and_a_long_path_is_none(monkeypatch, path, is_share):
+    mounts(monkeypatch, ("C:\\", "NTFS", "rw,fixed"))
+    monkeypatch.setattr(network_drives.os.path, "realpath", lambda path: path)
+    assert network_drives.is_on_network_share(path) == is_share
+
+
 @pytest.mark.parametrize(("switch", "copied"), [("map", False), ("copy", True), ("", True)])
 def test_the_environment_decides_before_the_drive(path, monkeypatch, switch, copied):
     mounts(monkeypatch, (str(path.parent), "nfs", "rw"))

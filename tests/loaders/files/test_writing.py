@@ -69,6 +69,34 @@ def test_a_name_that_exists_is_overwritten_only_when_asked(tmp_path):
     assert left_in(tmp_path) == ["model.gguf"]
 
 
+def test_a_file_in_use_is_told_before_the_work(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"old")
+    with (
+        open(path, "rb"),
+        pytest.raises(WriteError, match="is in use, by a model .*; nothing was written"),
+        atomic_writer(path, 10, overwrite=True),
+    ):
+        raise AssertionError("the work began")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_is_used_meanwhile_stays_and_the_new_one_gets_a_free_name(tmp_path):
+    path, taken = tmp_path / "model.gguf", tmp_path / "model (2).gguf"
+    for each in (path, taken):
+        each.write_bytes(b"old")
+    with contextlib.ExitStack() as user:
+        with (
+            pytest.raises(WriteError, match=r"is in use.*; the finished file is model \(3\)\.gguf"),
+            atomic_writer(path, 10, overwrite=True) as file,
+        ):
+            file.write(b"new")
+            user.enter_context(open(path, "rb"))
+    assert path.read_bytes() == taken.read_bytes() == b"old"
+    assert (tmp_path / "model (3).gguf").read_bytes() == b"new"
+    assert len(left_in(tmp_path)) == 3
+
+
 def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
     path = tmp_path / "model.gguf"
     with (
@@ -230,6 +258,7 @@ def before_next(monkeypatch, module, name: str, action):
 
 
 @posix
+@pytest.mark.not_as_on_windows
 @pytest.mark.parametrize(
     ("module", "name"),
     [(atomic_file.os, "replace"), (atomic_file.fcntl, "flock")],
@@ -249,6 +278,7 @@ def test_another_writer_in_the_folder_takes_no_file_away(tmp_path, monkeypatch, 
 
 
 @posix
+@pytest.mark.not_as_on_windows
 def test_a_cleaner_that_comes_late_takes_no_later_file_of_the_name_away(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     with contextlib.ExitStack() as second:
