@@ -20,6 +20,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  in seconds
   test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, a folder on
                                  each core; those that have passed as they are now are left out
+  test --windows [pytest ...]    run the tests of files, nodes, formats and the server with Python
+                                 and torch for Windows, on Linux in Wine
   lint                           check style (ruff) and types (pyright), and print the change of
                                  lines since the last tag
   bench [arguments]              measure speed and memory side by side

@@ -65,8 +65,12 @@ def test(arguments: list[str]) -> int:
 
     Of tests with many cases it runs a few (`--drawn`). Where the arguments name files, only these
     run, whole, and nothing is linted or downloaded. `--heavy` runs the heavy tests and the cases
-    that may be left out, folder after folder.
+    that may be left out, folder after folder. `--windows` runs them with Python for Windows.
     """
+    if arguments[:1] == ["--windows"]:
+        if os.name == "nt":
+            return test(arguments[1:])
+        return prepare(TESTING).run("-m", "devtools.windows.lane", *arguments[1:])
     if arguments[:1] == ["--heavy"] and not any(".py" in argument for argument in arguments):
         environment = prepare(TESTING)
         fetch_chromium(environment.python)
