@@ -118,7 +118,7 @@ class _File:
 
     def __init__(self, headers: Mapping[str, Any], metadata: Mapping[str, Any],
                  sample: Callable[[str], torch.Tensor], floats: Container[str] | None, looks: bool):
-        self.headers, self.metadata, self.sample = headers, metadata, sample
+        self.headers, self.metadata, self._sample = headers, metadata, sample
         self.floats, self.looks = floats, looks
         self.plain = {name: header for name, header in headers.items()
                       if header.dtype is not None and not isinstance(header, QuantizedTensor)}
@@ -132,6 +132,11 @@ class _File:
         # those that may have lost that their columns are rotated
         self.int8 = [] if CONFIG_KEY in metadata else [
             layer for layer, weight in self.unmarked.items() if weight.dtype == torch.int8]
+
+    def sample(self, name: str) -> torch.Tensor:
+        """Returns a tensor, an empty one where there are no values, on the device "meta"."""
+        tensor = self._sample(name)
+        return torch.empty(0, dtype=tensor.dtype) if tensor.is_meta else tensor
 
     def refusals(self) -> Iterator[Refusal]:
         yield from self._contradictions()
