@@ -57,6 +57,7 @@ OFTEN_ZEROS = re.compile(
 ROTATED_TEXT = re.compile(
     r"(convrot|quarot|rotat|hadamard|spin_?quant)\w*[\"']?\s*[:=]\s*[\"']?"
     r"(true|yes|[1-9]|quarot|hadamard)", re.IGNORECASE)
+CODES = "holds codes without their scales"
 BROKEN = ", as after a broken download. Download the file again if images are wrong."
 GET_ORIGINAL = "Get the file as its writer published it, with its header."
 
@@ -103,13 +104,15 @@ def judge(headers: Mapping[str, Any], metadata: Mapping[str, Any],
 @contextlib.contextmanager
 def judged(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Sets a file's `judgement` by its tensors as stored, which the block reads; where that fails,
-    a refusal comes before what a reader of other writers' files says."""
+    a refusal comes before what a reader of other writers' files says, but for codes without scales,
+    of which the reader that knows their writer says more."""
     config = {CONFIG_KEY: file.quantization} if file.quantization else {}
     file.judgement = judge(tensors, {**file.metadata, **config}, tensors.__getitem__)
     try:
         yield
     except WeightFileError:
-        file.judgement.reject(file.error_at)
+        if file.judgement.refused is not None and CODES not in file.judgement.refused.problem:
+            file.judgement.reject(file.error_at)
         raise
 
 
@@ -159,7 +162,7 @@ class _File:
                 whole.append(name)
         if codes:
             others = f", and so do {len(codes) - 1} more" if codes[1:] else ""
-            yield _refusal(codes[0], f"holds codes without their scales{others}")
+            yield _refusal(codes[0], f"{CODES}{others}")
         for name in whole:
             kind = str(self.headers[name].dtype).removeprefix("torch.")
             yield _refusal(name, f"is {kind} {tuple(self.headers[name].shape)}, expected floats")
@@ -213,7 +216,8 @@ class _File:
         shapes = {
             layer: (*weight.shape, *self.headers[f"{layer}.{SCALE}"].shape)
             for layer, weight in self.unmarked.items() if weight.dtype == torch.uint8
-            and {f"{layer}.{SCALE}", f"{layer}.{SCALE_2}"} <= self.headers.keys()}
+            and {f"{layer}.{SCALE}", f"{layer}.{SCALE_2}"} <= self.headers.keys()
+            and _are_of_nvfp4(weight, self.headers[f"{layer}.{SCALE}"])}
         if CONFIG_KEY in self.metadata or any(
                 f"{layer}.input_scale" in self.headers for layer in shapes) or any(
                 shape[2:] == (shape[0], shape[1] // 8) and (shape[0] % 128 or shape[1] % 32)
@@ -245,6 +249,14 @@ class _File:
 
 def _refusal(name: str, problem: str, advice: str = DOWNLOAD_AGAIN) -> Refusal:
     return Refusal(name, f"{safe_repr(name)} {problem}", advice)
+
+
+def _are_of_nvfp4(codes: Any, scales: Any) -> bool:
+    """Returns whether shapes are those of nvfp4, whose scales may be in tiles of 128 x 4."""
+    if len(codes.shape) != 2 or len(scales.shape) != 2 or codes.shape[1] % 8:
+        return False
+    rows, blocks = codes.shape[0], codes.shape[1] // 8
+    return tuple(scales.shape) in ((rows, blocks), (-(-rows // 128) * 128, -(-blocks // 4) * 4))
 
 
 def _is_zeros(tensor: torch.Tensor, part: slice) -> bool:
