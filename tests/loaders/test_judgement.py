@@ -103,7 +103,8 @@ def codes_as_floats(file: Faulty):
 
 def whole_numbers(file: Faulty):
     name = random.choice(file.drawn)
-    file.put(name, (file.weights[name] * 1000).to(random.choice([torch.int32, torch.int64])))
+    whole = (file.weights[name] * 1000).clamp(-200, 200)
+    file.put(name, whole.to(random.choice([torch.int32, torch.int64])))
 
 
 def scales_that_are_not_finite(file: Faulty):
