@@ -110,14 +110,14 @@ MEMBERS = {
     "comfy_kitchen.tensor.QuantizedTensor": {
         "_layout_cls": None, "_params": None, "_qdata": None, "dequantize": "", "layout_cls": None
     }, "execution.PromptQueue": {
-        "currently_running": None, "delete_history_item": "id_to_delete",
-        "delete_queue_item": "function", "get_flags": "reset", "get_history": "prompt_id",
+        "delete_history_item": "id_to_delete",
+        "get_flags": "reset", "get_history": "prompt_id",
         "mutex": None, "put": "item", "set_flag": "name data"
     }, "server.PromptServer": {
         "add_on_prompt_handler": "handler", "client_id": None, "instance": None,
         "last_node_id": None, "prompt_queue": None, "publish_loop": "", "routes": None,
-        "send_progress_text": "text node_id sid", "send_sync": "event data", "sockets": None,
-        "sockets_metadata": None, "trigger_on_prompt": "json_data"
+        "send_progress_text": "text node_id sid", "send_sync": "event data",
+        "trigger_on_prompt": "json_data"
     }
 }
 
