@@ -208,8 +208,9 @@ def _changed_tensor(draw, name: str, dtype: str, shape: list, values: bytes,
         return {}
     if kind == "integers" and dtype in INTEGERS:  # the same ones, as another writer stores them
         other = draw(st.sampled_from(["U16", "U32", "U64", *INTEGERS]))  # first: torch has few ops
-        return {name: (other, shape, np.frombuffer(values, INTEGERS[dtype]).astype(
-            INTEGERS[other]).tobytes())}
+        size = np.dtype(INTEGERS[dtype]).itemsize  # values may have been cut
+        whole = np.frombuffer(values[:len(values) // size * size], INTEGERS[dtype])
+        return {name: (other, shape, whole.astype(INTEGERS[other]).tobytes())}
     if kind == "dtype":
         dtype = draw(st.sampled_from(list(ITEM_BYTES)))
     elif kind == "shape":

@@ -63,7 +63,7 @@ def _scales_in(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
     scales = {}
     for layer, number in content.items() if isinstance(content, dict) else ():
         scale = torch.as_tensor(number, dtype=torch.float32) if isinstance(
-            number, (int, float, torch.Tensor)) else torch.empty(0)
+            number, (int, float, torch.Tensor)) else torch.empty(0, dtype=torch.float32)
         weight = tensors.get(f"{layer}.weight")
         if weight is None or weight.dtype not in FP8 or weight.ndim != 2 or scale.numel() != 1 or (
                 not 0 < scale.item() < float("inf")):

@@ -49,8 +49,8 @@ SQUARE = torch.ones(4, 4)
 # tensors with the names of a quantiser's parts that are none
 OTHERS = {
     "bitsandbytes": [
-        {"a.weight": CODES.expand(512, 2)}, {"a.weight": CODES[:, 0]}, {"a.weight": CODES.float()},
-        {"a.table": CODES}, {"a.weight": CODES.float(), "a.weight.absmax": torch.ones(16)}],
+        {"a.weight": CODES.float()}, {"a.table": CODES},
+        {"a.weight": CODES.float(), "a.weight.absmax": torch.ones(16)}],
     "GPTQ": [
         {"L.weight": SQUARE, "L.scales": torch.ones(4)}, {"L.qweight_bias": torch.ones(4)},
         {"L.qweight": SQUARE.char()}, {"qweight": SQUARE.int()}, {"L.g_idx": torch.arange(4)}],
