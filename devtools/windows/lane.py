@@ -66,7 +66,10 @@ def judge(report: str, known: dict, code: int) -> int:
         no test.
     """
     rows = {row["test"]: row["reason"] for row in known["tests"]}
-    outcomes = dict(reversed(line.split(" ", 1)) for line in report.splitlines())
+    outcomes: dict[str, str] = {}
+    for line in report.splitlines():
+        outcome, _, test = line.partition(" ")
+        outcomes[test] = outcome
     if not outcomes or code not in (0, 1):
         return code or 1
     unknown, mended = [], []
