@@ -10,7 +10,7 @@ Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `c
 convert_to_quant.
 """
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -177,6 +177,15 @@ def pack_parts(settings: Mapping[str, Any],
         return None
     packed = read(settings, parts, bind_sizes(parts, expected))
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
+
+
+def nvfp4_scale_shapes(codes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Returns the shapes that the scales of a matrix in nvfp4 may have: in rows, and in tiles of
+    128 x 4, in the order of cuBLAS. Empty where its bytes (N, K / 2) are none of nvfp4."""
+    if len(codes) != 2 or codes[1] % 8:
+        return ()
+    rows, blocks = codes[0], codes[1] // 8
+    return (rows, blocks), (-(-rows // 128) * 128, -(-blocks // 4) * 4)
 
 
 def has_block_scales(codes: torch.Tensor, scale: torch.Tensor | None) -> bool:

@@ -29,7 +29,7 @@ from ..container.weight_file import (
 from ..name_lists import join_some
 from ..read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers
-from .comfyui import FP8, SCALE, SCALE_2, format_of
+from .comfyui import FP8, SCALE, SCALE_2, format_of, nvfp4_scale_shapes
 from .comfyui_marks import (
     MARK,
     OLD_SCALE,
@@ -98,7 +98,7 @@ def judge(headers: Mapping[str, Any], metadata: Mapping[str, Any],
     """
     file = _File(headers, metadata, sample, floats, looks)
     return Judgement(next(file.refusals(), None), tuple(file.told()) if looks else (),
-                     bool(file.int8) or any(file.lost_marks()))
+                     bool(file.int8 or file.lost_marks))
 
 
 @contextlib.contextmanager
@@ -132,6 +132,8 @@ class _File:
         self.unmarked = {
             layer: weight for layer in layers for weight in [headers[f"{layer}.weight"]]
             if len(weight.shape) > 1 and weight.dtype in (torch.int8, torch.uint8, *FP8)}
+        # metadata may hold a tokenizer of megabytes, which only such layers make worth reading
+        self.lost_marks = list(self._lost_marks()) if self.unmarked else []
         # those that may have lost that their columns are rotated
         self.int8 = [] if CONFIG_KEY in metadata else [
             layer for layer, weight in self.unmarked.items() if weight.dtype == torch.int8]
@@ -143,7 +145,7 @@ class _File:
 
     def refusals(self) -> Iterator[Refusal]:
         yield from self._contradictions()
-        yield from self.lost_marks()
+        yield from self.lost_marks
         parts: dict[str, set[str]] = {}
         for name in self.headers:
             layer, _, part = name.rpartition(".")
@@ -206,24 +208,25 @@ class _File:
                     yield _refusal(f"{layer}.weight", f"is {by[0]} by its metadata and {by[1]} by"
                                    " its comfy_quant", "Get another conversion.")
 
-    def lost_marks(self) -> Iterator[Refusal]:
+    def _lost_marks(self) -> Iterator[Refusal]:
         """Yields a layer that means another weight by the mark that it must have lost."""
-        for layer in self.unmarked if any(
-                ROTATED_TEXT.search(f"{key}: {text}")
-                for key, text in self.metadata.items() if key != CONFIG_KEY) else ():
-            yield _refusal(layer, "has no comfy_quant, and the metadata says that columns are"
-                           " rotated", GET_ORIGINAL)
-        shapes = {
-            layer: (*weight.shape, *self.headers[f"{layer}.{SCALE}"].shape)
-            for layer, weight in self.unmarked.items() if weight.dtype == torch.uint8
-            and {f"{layer}.{SCALE}", f"{layer}.{SCALE_2}"} <= self.headers.keys()
-            and _are_of_nvfp4(weight, self.headers[f"{layer}.{SCALE}"])}
+        if any(ROTATED_TEXT.search(f"{key}: {text}")
+               for key, text in self.metadata.items() if key != CONFIG_KEY):
+            for layer in self.unmarked:
+                yield _refusal(layer, "has no comfy_quant, and the metadata says that columns are"
+                               " rotated", GET_ORIGINAL)
+        layers = {}  # -> shapes of the scales in rows and in tiles, and of those that it has
+        for layer, weight in self.unmarked.items():
+            if weight.dtype == torch.uint8 and (
+                    {f"{layer}.{SCALE}", f"{layer}.{SCALE_2}"} <= self.headers.keys()):
+                shapes, scale = nvfp4_scale_shapes(weight.shape), self.headers[f"{layer}.{SCALE}"]
+                if tuple(scale.shape) in shapes:
+                    layers[layer] = (*shapes, tuple(scale.shape))
         if CONFIG_KEY in self.metadata or any(
-                f"{layer}.input_scale" in self.headers for layer in shapes) or any(
-                shape[2:] == (shape[0], shape[1] // 8) and (shape[0] % 128 or shape[1] % 32)
-                for shape in shapes.values()):
+                f"{layer}.input_scale" in self.headers for layer in layers) or any(
+                shape == in_rows != in_tiles for in_rows, in_tiles, shape in layers.values()):
             return  # as other writers have it
-        for layer in shapes:
+        for layer in layers:
             yield _refusal(layer, "is in nvfp4 without its comfy_quant, which says in which order"
                            " its codes and scales are", GET_ORIGINAL)
 
@@ -249,14 +252,6 @@ class _File:
 
 def _refusal(name: str, problem: str, advice: str = DOWNLOAD_AGAIN) -> Refusal:
     return Refusal(name, f"{safe_repr(name)} {problem}", advice)
-
-
-def _are_of_nvfp4(codes: Any, scales: Any) -> bool:
-    """Returns whether shapes are those of nvfp4, whose scales may be in tiles of 128 x 4."""
-    if len(codes.shape) != 2 or len(scales.shape) != 2 or codes.shape[1] % 8:
-        return False
-    rows, blocks = codes.shape[0], codes.shape[1] // 8
-    return tuple(scales.shape) in ((rows, blocks), (-(-rows // 128) * 128, -(-blocks // 4) * 4))
 
 
 def _is_zeros(tensor: torch.Tensor, part: slice) -> bool:

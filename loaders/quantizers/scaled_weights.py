@@ -38,7 +38,14 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import WeightFile, describe, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui import FP8, GROUP_SCALE, SMOOTHING, has_block_scales, smooth
+from .comfyui import (
+    FP8,
+    GROUP_SCALE,
+    SMOOTHING,
+    has_block_scales,
+    nvfp4_scale_shapes,
+    smooth,
+)
 from .comfyui_marks import OLD_SCALE, SETTINGS, marked_layers
 from .integers import (
     CODES_OF_ROWS,
@@ -123,8 +130,8 @@ def layout(layer: Layer) -> str:
 
 def _reject_unread_bytes(layer: Layer, weight: torch.Tensor, scale: torch.Tensor):
     """Raises PartError for bytes that are not nvfp4 by their shapes, and for LightX2V's."""
-    is_nvfp4 = scale.dtype == torch.float8_e4m3fn and weight.ndim == 2 and (
-        scale.shape == (len(weight), weight.shape[1] // 8))
+    is_nvfp4 = scale.dtype == torch.float8_e4m3fn and (
+        tuple(scale.shape) in nvfp4_scale_shapes(weight.shape)[:1])
     lightx2v = "nvfp4" if f"{layer.name}.{GLOBAL}" in layer.file.entries else ""
     if weight.ndim == 2 and scale.dtype in E8M0:  # in pieces of 128 rows and 4 columns
         lightx2v = lightx2v or next(
