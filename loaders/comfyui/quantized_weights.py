@@ -497,6 +497,11 @@ def _packed(pack: Callable[..., PackedTensor | None], layer: str, settings: Mapp
         raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
 
 
+@functools.cache
+def _layer_class() -> type:
+    return comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
+
+
 def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
     """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
 
@@ -513,8 +518,7 @@ def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
             f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     try:
         rows, columns = _shape(name, settings, layer, parts)
-        layer_class = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
-        module = layer_class(columns, rows, bias=False)
+        module = _layer_class()(columns, rows, bias=False)
         module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,
             OverflowError) as error:
