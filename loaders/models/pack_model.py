@@ -176,8 +176,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
                           if (rest := patches[rounded.get(key, 0):])}
         packed.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(sorted(rounded.items())))
     made.stats.attach(packed)
-    packed.set_attachments(NOTES_KEY, (
-        *(load_notes(patcher) or load_notes(made.patcher)), *notes))
+    packed.set_attachments(NOTES_KEY, (*load_notes(patcher), *load_notes(made.patcher), *notes))
     targets.attach(packed)
     return packed
 
@@ -301,7 +300,8 @@ def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
     make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
     made = make.patcher_of(copied)
     made.cached_patcher_init = make, (file.path,)
-    notes = [*judgement.told, *_coarse_weights(file)]
+    told = () if load_notes(patcher) else judgement.told  # of which its loader has told
+    notes = [*told, *_coarse_weights(file)]
     made.set_attachments(NOTES_KEY, tuple(f"{file.name}: {note}" for note in notes))
     load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
     if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
