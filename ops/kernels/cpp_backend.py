@@ -213,7 +213,11 @@ class CppCompiler:
         process = run_process(*self.command, *self._flags, *flags, str(file), "-o",
                               str(file.with_suffix(SUFFIX)), seconds=COMPILE_SECONDS,
                               env=environment)
-        return process.stderr[:2000] or "it failed" if process.returncode else ""
+        if not process.returncode:
+            return ""
+        # from the line with the first error on: GCC's notes come before it
+        start = process.stderr.rfind("\n", 0, max(0, process.stderr.find("error"))) + 1
+        return process.stderr[start:start + 2000] or "it failed"
 
 
 def _remove_stale(folder: Path):

@@ -342,7 +342,7 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
 # what happens to the machine's compiler -> (how it is started then, what it says)
 FAULTS = {
     "killed": ("-wrapper sh,-c,'kill -9 $$'", "fatal error: Killed signal"),
-    "file size limit": ("ulimit -f 8", ""),
+    "file size limit": ("ulimit -f 8", "File size limit exceeded"),
     "full drive": ("mount", "No space left on device"),
     "no memory": ("ulimit -v 40000", ""),
 }
