@@ -95,8 +95,10 @@ def read_torch_object(path: str, what: str) -> Any:
     try:
         with open(path, "rb") if is_zip else io.BytesIO(mapped) as content:
             if is_zip:
-                _reject_other_archives(content, len(mapped))
-            _reject_other_globals(content, is_zip)
+                _check_archive(content, len(mapped))
+            else:
+                _check_legacy(content)
+            content.seek(0)
             return torch.load(content, map_location="cpu", weights_only=True)
     except WeightFileError as error:
         raise WeightFileError(f"{name}: {error}") from error
@@ -110,36 +112,32 @@ def read_torch_object(path: str, what: str) -> Any:
             f" ({first_line(error)}). Download it again.") from error
 
 
-def _reject_other_archives(content: BinaryIO, size: int):
-    """Raises ValueError for a zip file that would grow when it is read, as torch's never do, and
-    WeightFileError for one that is no file of torch's."""
+def _check_archive(content: BinaryIO, size: int):
+    """Raises ValueError for a zip file that would grow when it is read, as torch's never do,
+    WeightFileError for one that is no file of torch's, and as `_check_pickle`."""
     with zipfile.ZipFile(content) as archive:
         files = archive.infolist()
-    if not any(file.filename.endswith(".pkl") for file in files):
-        raise WeightFileError(ARCHIVE)
-    if any(file.compress_type for file in files) or sum(file.file_size for file in files) > size:
-        raise ValueError("it is compressed, which torch never does")
-    content.seek(0)
+        pickles = [file for file in files if file.filename.endswith(".pkl")]
+        if not pickles:
+            raise WeightFileError(ARCHIVE)
+        if any(file.compress_type for file in files) or sum(
+                file.file_size for file in files) > size:
+            raise ValueError("it is compressed, which torch never does")
+        for file in pickles:
+            _check_pickle(io.BytesIO(archive.read(file)))
 
 
-def _reject_other_globals(content: BinaryIO, is_zip: bool):
-    """Raises UnpicklingError for a pickle that names anything but `GLOBALS`."""
-    if is_zip:
-        with zipfile.ZipFile(content) as archive:
-            pickles = [archive.read(file) for file in archive.infolist()
-                       if file.filename.endswith(".pkl")]
-        for data in pickles:
-            _check_pickle(io.BytesIO(data))
-    elif tarfile.is_tarfile(content):
+def _check_legacy(content: BinaryIO):
+    """Raises UnpicklingError for a file of torch before 0.4, and as `_check_pickle`."""
+    if tarfile.is_tarfile(content):
         raise pickle.UnpicklingError("it is of torch before 0.4")
-    else:
-        content.seek(0)
-        for _ in range(LEGACY_PICKLES):
-            _check_pickle(content)
     content.seek(0)
+    for _ in range(LEGACY_PICKLES):
+        _check_pickle(content)
 
 
 def _check_pickle(content: BinaryIO):
+    """Raises UnpicklingError for a pickle that names anything but `GLOBALS`."""
     texts = ["", ""]
     for opcode, argument, _ in pickletools.genops(content):
         name = None
