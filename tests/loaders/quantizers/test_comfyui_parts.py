@@ -55,7 +55,9 @@ def test_parts_are_those_that_the_hosts_layer_saves(name, shape):
         assert (tensor.dtype, tensor.shape) == (stored.dtype, stored.shape), part
         assert torch.equal(tensor.view(-1).view(torch.uint8), stored.view(-1).view(torch.uint8))
     exact = weight.dequantize()
-    assert (values - exact).abs().max() <= 3e-6 * exact.abs().max()  # sums of a rotation
+    # kitchen rotates by a product in float32, whose sums round differently on each CPU
+    limit = 3e-6 if name == "convrot_w4a4" else 1e-6
+    assert (values - exact).abs().max() <= limit * exact.abs().max()
 
 
 @SIZES

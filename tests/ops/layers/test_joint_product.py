@@ -11,7 +11,7 @@ from lora_gain import assert_full_strength
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_kernels import unchecked_kernels
 
-from featherweight.ops import cpu_features, kernels
+from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers import joint_product, product, workspace
 from featherweight.ops.low_rank import LowRank
@@ -62,8 +62,6 @@ def test_it_is_the_product_and_the_branch_rounded_once(seed, monkeypatch):
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
-    if dtype == torch.bfloat16 and cpu_features._has("amx_bf16", older=()):
-        pytest.skip("a CPU with AMX that plays the GPU gives NaN, not yet explained")
     rows, columns = draw.randint(1, 90) * 8, draw.choice((256, 512, 768))
     tokens = draw.randint(17, 300)
     weight = weight_of(draw.choice(("Q4_K", "Q8_0", "NF4", "INT8_ROWS", "plain")), rows, columns,
