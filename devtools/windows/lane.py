@@ -65,16 +65,14 @@ def judge(report: str, known: dict, code: int) -> int:
         1 if another test failed or one of the table has passed, else 0; pytest's own code if it ran
         no test.
     """
-    rows = {row["test"]: row["reason"] for row in known["tests"]}
-    outcomes: dict[str, str] = {}
-    for line in report.splitlines():
-        outcome, _, test = line.partition(" ")
-        outcomes[test] = outcome
+    rows = [_literal(row["test"]) for row in known["tests"]]
+    outcomes = {test: outcome for outcome, _, test in (
+        line.partition(" ") for line in report.splitlines())}
     if not outcomes or code not in (0, 1):
         return code or 1
     unknown, mended = [], []
     for test, outcome in outcomes.items():
-        is_known = any(fnmatch.fnmatchcase(test, _literal(name)) for name in rows)
+        is_known = any(fnmatch.fnmatchcase(test, row) for row in rows)
         if outcome == "failed" and not is_known:
             unknown.append(test)
         elif outcome == "passed" and is_known:
