@@ -498,8 +498,8 @@ def _packed(pack: Callable[..., PackedTensor | None], layer: str, settings: Mapp
 
 
 @functools.cache
-def _layer_class() -> type:
-    return comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
+def _layer_class(make_operations: Callable[..., Any]) -> type:
+    return make_operations(compute_dtype=torch.float32).Linear
 
 
 def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
@@ -518,7 +518,7 @@ def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
             f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     try:
         rows, columns = _shape(name, settings, layer, parts)
-        module = _layer_class()(columns, rows, bias=False)
+        module = _layer_class(comfy.ops.mixed_precision_ops)(columns, rows, bias=False)
         module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,
             OverflowError) as error:
