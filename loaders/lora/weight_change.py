@@ -94,13 +94,13 @@ def _adapter_norm(value: Any, weight_norm: float | None) -> float | None:
 
 def is_large(value: Any, weight: torch.Tensor) -> bool:
     """Returns whether what a value adds to a weight may be far larger than weights are, by the
-    norms of its factors alone."""
+    norms of some rows of its factors alone."""
     if isinstance(value, tuple):
-        norm = change_norm(value, None) or 0.0
+        norm = (_weight_norm(value[1][0]) or 0.0) if value[0] == "diff" else 0.0
     else:
-        factors = (part for part in value.weights if isinstance(part, torch.Tensor))
         norm = _scale(value) * math.prod(
-            part.float().norm().item() for part in factors if part.ndim > 1)
+            _weight_norm(part) or 0.0 for part in value.weights
+            if isinstance(part, torch.Tensor) and part.ndim > 1)
     return norm > LARGE_VALUES * math.sqrt(weight.numel())
 
 

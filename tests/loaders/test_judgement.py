@@ -10,11 +10,13 @@ import torch
 from checkpoint_parts import MODEL
 from controlnets import flux_bfl
 from encoders import ENCODERS
+from encoders.encoder import load_encoder, random_weights
 from host_formats import HOST_FORMATS, in_host_format, mark_of
 from marked_flux import flux_in, weight_error, write
 from patched_models import flux_inputs, run, tiny_flux
 from published_forms import of_black_forest_labs, plain_fp8
 from quantizer_models import write_quantized_flux
+from quantizer_writers import svdquant
 from safetensors.torch import save_file
 from saving import save
 from small_encoders import encode, t5_file
@@ -298,11 +300,23 @@ def test_the_owner_can_load_what_is_refused(tmp_path, monkeypatch):
         load_diffusion_model(str(path), pack_to=random.choice([None, "Q8_0"]))
 
 
+def of_modelopt(weights):
+    """Scales in rows without a mark, as ModelOpt writes a file for ComfyUI's names."""
+    tensors = {name: weight.bfloat16() for name, weight in weights.items()}
+    for name in matrices(weights):
+        layer = name.removesuffix(".weight")
+        parts, _ = svdquant(weights[name].float(), smoothed=False)
+        tensors |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()
+                    if not part.startswith("svdquant")}
+    return tensors
+
+
 GOOD = {
     "plain fp8 of small values": lambda: plain_fp8(tiny_flux(), random).tensors,
     "F16 norms": lambda: {name: weight.half() for name, weight in tiny_flux().items()},
     "nvfp4 of Black Forest Labs": lambda: of_black_forest_labs("nvfp4")(
         tiny_flux(), random).tensors,
+    "nvfp4 of ModelOpt": lambda: of_modelopt(tiny_flux()),
     "fp8 of Black Forest Labs": lambda: of_black_forest_labs("fp8")(tiny_flux(), random).tensors,
 }
 
@@ -318,6 +332,15 @@ def test_a_good_file_loads_without_a_note(name, pack_to, tmp_path):
 def test_a_good_folder_loads_without_a_note(family, tmp_path):
     write_quantized_flux(tmp_path / "transformer", family)
     assert notes_of(load_diffusion_model(str(tmp_path / "transformer"))) == ""
+
+
+def test_a_table_of_positions_may_be_zeros_and_whole_numbers_beside_it(tmp_path):
+    encoder, table = ENCODERS["clip-l"], "text_model.embeddings.position_embedding.weight"
+    weights = random_weights(encoder)
+    weights |= {table: torch.zeros_like(weights[table]),
+                "text_model.embeddings.position_ids": torch.arange(len(weights[table]))[None]}
+    save_file(weights, tmp_path / "a.safetensors")
+    assert notes_of(load_encoder(tmp_path / "a.safetensors", encoder)) == ""
 
 
 def test_a_controlnet_whose_convolutions_are_still_zeros_loads_without_a_note(tmp_path):
