@@ -13,12 +13,14 @@ import tomllib
 
 from devtools import ROOT
 from devtools.host.environment import DEV, EXTRAS, OPTIONAL, SetupError, pip, read
-from devtools.windows import python
+from devtools.host.server import PACK
+from devtools.windows import portable, python
 from devtools.windows.missing_in_wine import complex_numbers
 from devtools.windows.programs import compile_program
 
 LANE = DEV / "windows"
 PREFIX = LANE / "prefix"
+PORTABLE = LANE / "Zoë's 模型" / "ComfyUI_windows_portable"  # letters that code pages lack
 PACKAGES = LANE / "python" / "Lib" / "site-packages"
 SOURCES = Path(__file__).with_name("missing_in_wine")
 KNOWN = Path(__file__).with_name("known.toml")
@@ -50,7 +52,17 @@ def main(arguments: list[str]) -> int:
     print("Running the tests on Windows", flush=True)
     code = run("-m", "pytest", "-p", "no:cacheprovider", "-p", "devtools.windows.outcomes", *tests,
                FEATHERWEIGHT_OUTCOMES=windows_path(report))
-    return judge(read(report), tomllib.loads(read(KNOWN)), code)
+    code = judge(read(report), tomllib.loads(read(KNOWN)), code)
+    return code or (0 if arguments else draw_in_portable())
+
+
+def draw_in_portable() -> int:
+    """Draws with ComfyUI's portable version. Returns 0 if it did."""
+    print(f"Drawing in {PORTABLE}", flush=True)
+    portable.lay_out(PORTABLE, LANE / "python", host_folder())
+    program = PORTABLE / "ComfyUI" / "custom_nodes" / PACK / Path(portable.__file__).relative_to(ROOT)
+    return run("-s", windows_path(program), folder=PORTABLE,
+               python=PORTABLE / "python_embeded" / "python.exe")
 
 
 def judge(report: str, known: dict, code: int) -> int:
@@ -88,12 +100,13 @@ def _literal(name: str) -> str:
     return name.replace("[", "[[]")  # of an id with parameters; * stands for any of them
 
 
-def run(*arguments: str, **variables: str) -> int:
-    """Runs the Windows Python in the repository's folder. Returns its exit code."""
+def run(*arguments: str, folder: Path = ROOT, python: Path = LANE / "python" / "python.exe",
+        **variables: str) -> int:
+    """Runs a Windows Python in a folder. Returns its exit code."""
     # CPython does not start on what Wine makes of a file's handle, so all streams are pipes
-    process = subprocess.Popen(["wine", str(LANE / "python" / "python.exe"), *arguments],
+    process = subprocess.Popen(["wine", str(python), *arguments],
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, cwd=ROOT,
+                               stderr=subprocess.STDOUT, cwd=folder,
                                env={**environment(), **variables})
     assert process.stdout is not None
     with process:
@@ -107,15 +120,18 @@ def run(*arguments: str, **variables: str) -> int:
 def environment() -> dict[str, str]:
     """Returns the environment variables of programs in Wine."""
     hidden = {"DISPLAY", "HOME", "XDG_CACHE_HOME", "TMPDIR", "PYTHONPATH", "PYTHONHOME"}
-    host = os.environ.get("COMFYUI_PATH", str(DEV / "host"))
     return {name: value for name, value in os.environ.items() if name not in hidden} | {
         "WINEPREFIX": str(PREFIX), "WINEARCH": "win64", "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES":
             f"mscoree,mshtml=;winemenubuilder.exe=;{','.join(OWN_DLLS)}=n,b",
         "KMP_AFFINITY": "disabled", "PYTHONDONTWRITEBYTECODE": "1",
-        "COMFYUI_PATH": windows_path(Path(host).resolve()),
+        "COMFYUI_PATH": windows_path(host_folder()),
         "ZIG_LINUX": _zig(), "ZIG_PREFIX": str(PREFIX),
     }
+
+
+def host_folder() -> Path:
+    return Path(os.environ.get("COMFYUI_PATH", DEV / "host")).resolve()
 
 
 def windows_path(path: Path) -> str:
@@ -190,9 +206,8 @@ def install_packages():
     constraints = LANE / "constraints.txt"
     constraints.write_text("\n".join(re.sub(r"\+\w+$", "", line) for line in frozen.splitlines()
                                      if "==" in line and not APART.match(line)))
-    host = Path(os.environ.get("COMFYUI_PATH", DEV / "host"))
-    wanted = [line.strip() for line in
-              [*read(host / "requirements.txt").splitlines(), *EXTRAS, *OPTIONAL, "accelerate"]]
+    wanted = [line.strip() for line in [*read(host_folder() / "requirements.txt").splitlines(),
+                                        *EXTRAS, *OPTIONAL, "accelerate", "pip"]]
     wanted = [line for line in wanted if line and not line.startswith("#")
               and not APART.match(line)]
     command = [str(LANE / "uv" / "bin" / "uv"), "pip", "install", "--quiet", "--no-cache",

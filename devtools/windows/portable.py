@@ -1,0 +1,97 @@
+"""ComfyUI's portable version for Windows: laid out from the lane's Python, and drawn in.
+
+Its own Python runs this file in the folder `ComfyUI_windows_portable`. The pack is in custom_nodes;
+what README says to install there is installed, run_cpu.bat starts ComfyUI, a GGUF file and a LoRA
+are loaded, and the picture is in portable.png.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # which a Python with a ._pth file leaves out
+
+from devtools.host import server  # noqa: E402
+
+BATS = "windows_nvidia_base_files"  # of ComfyUI's repository, in .ci
+# as ComfyUI's release has it
+PATHS = "../ComfyUI\npython3{minor}.zip\n.\nimport site\n"
+PORT = 8188
+START = r"\.\\python_embeded\\python\.exe (-s) ComfyUI\\main\.py (?:--cpu )?--windows-standalone-build"
+
+
+def lay_out(folder: Path, python: Path, host: Path):
+    """Lays out the folder as ComfyUI's release is, with the pack."""
+    shutil.rmtree(folder, ignore_errors=True)
+    embedded, minor = folder / "python_embeded", sys.version_info.minor
+    shutil.copytree(python, embedded, copy_function=os.link, ignore=lambda at, names: {
+        name for name in names if at == str(python) and name in ("DLLs", "Lib")})
+    shutil.copytree(python / "DLLs", embedded, copy_function=os.link, dirs_exist_ok=True)
+    packages = Path("Lib") / "site-packages"
+    shutil.copytree(python / packages, embedded / packages, copy_function=os.link)
+    library = shutil.copytree(python / "Lib", folder / "library", copy_function=os.link,
+                              ignore=shutil.ignore_patterns("site-packages", "__pycache__"))
+    shutil.make_archive(str(embedded / f"python3{minor}"), "zip", library)
+    shutil.rmtree(library)
+    (embedded / f"python3{minor}._pth").write_text(PATHS.format(minor=minor))
+    shutil.copytree(host, folder / "ComfyUI", ignore=shutil.ignore_patterns(
+        ".git", "__pycache__", "models", "custom_nodes", "output", "user"))
+    for bat in (host / ".ci" / BATS).glob("*.bat"):
+        shutil.copy(bat, folder)
+    shutil.copytree(ROOT, folder / "ComfyUI" / "custom_nodes" / server.PACK,
+                    ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"))
+
+
+class Portable(server.Server):
+    """The ComfyUI that run_cpu.bat starts."""
+
+    def _plant_custom_nodes(self):
+        """The pack is there."""
+
+    def _start(self) -> "Portable":
+        self.port, self.url = PORT, f"http://127.0.0.1:{PORT}"
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(["cmd", "/c", "run_cpu.bat"], cwd=self.base.parent,
+                                            stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=subprocess.STDOUT)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(self.process.pid)], check=False)
+        self.process.wait()
+
+
+def main() -> int:
+    """Returns 0 if the pack was installed, started, and has drawn."""
+    from devtools import demo
+    from devtools.files import demo_files
+
+    folder = Path.cwd()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Portable Windows**")[2]
+    clone, install = readme.split("```")[1].strip().splitlines()
+    assert "git clone" in clone  # the pack is there
+    subprocess.run(install, shell=True, check=True)
+    for bat in folder.glob("run_*.bat"):
+        if not re.search(START, bat.read_text(encoding="utf-8")):
+            raise SystemExit(f"{bat.name} does not start ComfyUI as it did.")
+    demo_files.make_models(folder / "ComfyUI", ["Q8_0"])
+    with Portable(folder / "ComfyUI") as running:
+        run, _ = demo.run_workflow(running, workflow=demo.LORA_WORKFLOW)
+        picture = running.image(run.pictures[0])
+        deviation = running.pixels(run).std()
+        lines = [line for line in running.log().splitlines() if "Featherweight" in line]
+    (folder / "portable.png").write_bytes(picture)
+    print("\n".join([*lines, f"{len(picture)} bytes of a picture, deviation {deviation:.1f}"]))
+    return 0 if deviation > 10 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
