@@ -86,7 +86,8 @@ def test(arguments: list[str]) -> int:
     lint_code = _lint(environment)
     print("Running the tests", flush=True)
     tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "--drawn",
-                            "tests", *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
+                            "--durations=40", "--durations-min=10", "tests", *arguments,
+                            OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})"

@@ -16,7 +16,7 @@ from ..loaders.models.compute_choice import (
 )
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.fit_device import FIT
-from ..loaders.models.pack_on_load import TYPES, size_target
+from ..loaders.models.pack_on_load import TYPES, PackTo
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
@@ -103,7 +103,7 @@ def size_in_bytes(size_gb: float, expected: str = "how large the weights may be"
     """
     if not 0 < size_gb * GB < math.inf:
         raise WeightFileError(f"size in GB is {size_gb}; expected {expected}, such as 6.")
-    return round(size_gb * GB)
+    return max(1, round(size_gb * GB))
 
 
 def host_formats_input():
@@ -121,11 +121,11 @@ def host_formats_input():
     )
 
 
-def packed_type(pack_to: str, size_gb: float = DEFAULT_SIZE) -> str | None:
+def packed_type(pack_to: str, size_gb: float = DEFAULT_SIZE) -> PackTo | None:
     """Returns the loaders' `pack_to` for an option of that input, and a size in GB."""
     pack_to = current(pack_to, RENAMED_PACK_TO)
     if pack_to == MIX:
-        return size_target(size_in_bytes(size_gb))
+        return size_in_bytes(size_gb)
     return None if pack_to == NO_CHANGE else pack_to
 
 

@@ -39,6 +39,8 @@ def pytest_configure(config):
     calls = linear_calls.linear_calls(config.getoption("--linear-calls"))
     calls.__enter__()
     config.add_cleanup(lambda: calls.__exit__(None, None, None))
+    if config.getoption("dist", "no") != "no":
+        config.pluginmanager.register(processes.FailureNames(config))
 
 
 def keep_freed_memory():

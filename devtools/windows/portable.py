@@ -20,7 +20,8 @@ BATS = "windows_nvidia_base_files"  # of ComfyUI's repository, in .ci
 # as ComfyUI's release has it
 PATHS = "../ComfyUI\npython3{minor}.zip\n.\nimport site\n"
 PORT = 8188
-START = r"\.\\python_embeded\\python\.exe (-s) ComfyUI\\main\.py (?:--cpu )?--windows-standalone-build"
+START = (r"\.\\python_embeded\\python\.exe -s ComfyUI\\main\.py (--cpu )?"
+         "--windows-standalone-build")
 
 
 def lay_out(folder: Path, python: Path, host: Path):

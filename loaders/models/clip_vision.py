@@ -10,6 +10,7 @@ from ..comfyui.keep_packed import keep_packed
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CLIP_VISION
+from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
@@ -24,7 +25,7 @@ NAMES_OF_WAN = {
 }
 
 
-def load_clip_vision(path: str, pack_to: str | None = None,
+def load_clip_vision(path: str, pack_to: PackTo | None = None,
                      compute: str = AUTOMATIC) -> comfy.clip_vision.ClipVisionModel:
     """Loads a CLIP vision model and keeps its packed weights packed.
 
@@ -33,7 +34,7 @@ def load_clip_vision(path: str, pack_to: str | None = None,
 
     Args:
         path: of a file or a folder of transformers.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        pack_to: see `PackTo`; plain weights are packed to it as they are read.
         compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 
     Raises:

@@ -18,6 +18,7 @@ from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK
+from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
 
 CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
@@ -26,7 +27,7 @@ CONTROLNET_NAMES = re.compile(
     r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
 
 
-def load_controlnet(path: str, pack_to: str | None = None,
+def load_controlnet(path: str, pack_to: PackTo | None = None,
                     compute: str = AUTOMATIC) -> comfy.controlnet.ControlBase:
     """Loads a ControlNet and keeps its packed weights packed.
 
@@ -36,7 +37,7 @@ def load_controlnet(path: str, pack_to: str | None = None,
 
     Args:
         path: of a file or a folder of diffusers.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read, but
+        pack_to: see `PackTo`; plain weights are packed to it as they are read, but
             not those of T2I-Adapters and Control-LoRAs.
         compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 

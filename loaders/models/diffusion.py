@@ -53,7 +53,7 @@ from ..recipe import register_loader
 from .fit_device import model_targets
 from .load_options import LoadOptions
 from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in
-from .pack_on_load import PackStats, may_have_host_formats, pack_weights
+from .pack_on_load import PackStats, PackTo, may_have_host_formats, pack_weights
 
 DIFFUSION_MODEL = "diffusion model"
 
@@ -140,7 +140,7 @@ def _load_by_the_host(path: str,
 
 
 def read_weights(
-        file: WeightFile, pack_to: str | None, progress: Progress, formats: frozenset[str],
+        file: WeightFile, pack_to: PackTo | None, progress: Progress, formats: frozenset[str],
         device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], PackStats | None]:
     """Reads the weights of a diffusion model or of a whole checkpoint.
 

@@ -32,7 +32,7 @@ TOKENIZERS_KEPT = 4
 class EncoderFile:
     """One file of a text encoder, which is read and converted to the host's names."""
 
-    def __init__(self, path: str, progress: Progress, pack_to: str | None,
+    def __init__(self, path: str, progress: Progress, pack_to: str | int | None,
                  formats: frozenset[str]):
         self.path = Path(path)
         self.name = model_name(path)

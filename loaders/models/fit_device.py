@@ -37,7 +37,7 @@ from ..packing.planning.fit import (
 )
 from ..packing.planning.plan import DIGITS, relative_error
 from ..packing_rules import Shapes
-from .pack_on_load import PackedFrom, measurement_of, size_of_target, size_target
+from .pack_on_load import PackedFrom, PackTo, measurement_of
 
 FIT = "fit this GPU"  # in place of a type to pack to
 FIT_KEY = "featherweight_fit"  # attachment of a patcher: its `Targets`
@@ -48,13 +48,13 @@ class Targets:
     """What the files of a model are packed to.
 
     Attributes:
-        files: for each file a type, a `size_target`, or None for the file as it is.
+        files: for each file what it is packed to, None for the file as it is.
         text: what was chosen for a device, and how it is the same on every device; "" where
             nothing was chosen.
         copying: what each step is expected to copy, and how much longer it takes; "" for nothing.
     """
 
-    files: tuple[str | None, ...]
+    files: tuple[PackTo | None, ...]
     text: str = ""
     copying: str = ""
 
@@ -76,12 +76,12 @@ def copying_text(patcher) -> str:
     return targets.copying if targets else ""
 
 
-def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
+def model_targets(pack_to: PackTo | None, paths: Sequence[str], device: torch.device,
                   formats: Container[str]) -> Targets:
     """Returns what a diffusion model is packed to.
 
     Args:
-        pack_to: None, FIT, a type, or a `size_target` for all files together.
+        pack_to: None, FIT, a type, or a number of bytes for all files together.
         paths: of its file or folder, and of a module if it has one.
         device: where it runs.
         formats: names of ComfyUI's own formats that this pack computes there.
@@ -121,7 +121,7 @@ def loaded_targets(file: PackedFrom, stored: Mapping[str, torch.Tensor], shapes:
     return _model_targets(FIT, [file.name], [weights], device, config, FAST_FORMAT not in formats)
 
 
-def _model_targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights],
+def _model_targets(pack_to: PackTo | None, paths: Sequence[str], files: Sequence[Weights],
                    device: torch.device, config: BASE | None, multiplies_int8: bool) -> Targets:
     step = step_memory(config) if config else None
     memory = Memory.of(device)
@@ -129,7 +129,7 @@ def _model_targets(pack_to: str | None, paths: Sequence[str], files: Sequence[We
     return _targets(pack_to, paths, files, memory, device, room_for, config, multiplies_int8)
 
 
-def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.device) -> Targets:
+def encoder_targets(pack_to: PackTo | None, paths: Sequence[str], device: torch.device) -> Targets:
     """Returns what the text encoders of one CLIP are packed to.
 
     Args:
@@ -148,18 +148,18 @@ def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.dev
     return _targets(pack_to, paths, files, memory, device, memory.for_encoder)
 
 
-def _is_fixed(pack_to: str | None, paths: Sequence[str]) -> bool:
+def _is_fixed(pack_to: PackTo | None, paths: Sequence[str]) -> bool:
     """Returns whether each file is packed to the same, whatever is in it."""
     return pack_to is None or (pack_to != FIT and (
-        size_of_target(pack_to) is None or len(paths) == 1))
+        not isinstance(pack_to, int) or len(paths) == 1))
 
 
-def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights], memory: Memory,
+def _targets(pack_to: PackTo | None, paths: Sequence[str], files: Sequence[Weights], memory: Memory,
              device: torch.device, room_for: Callable[[int], int], config: BASE | None = None,
              multiplies_int8: bool = False) -> Targets:
     """room_for: as for `choose`."""
-    if pack_to and (size := size_of_target(pack_to)) is not None:
-        return Targets(tuple(map(size_target, shares(size, files))))
+    if isinstance(pack_to, int):
+        return Targets(shares(pack_to, files))
     sizes = Sizes(files)
     choice = choose(sizes, room_for, multiplies_int8, memory.for_copying(config))
     if choice.copied and memory.is_shared:
@@ -170,7 +170,7 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
             " even with the smallest types. Use a smaller model, or choose a type at pack to, if"
             " you know that the memory is enough.")
     if isinstance(choice.target, int):
-        targets = tuple(map(size_target, shares(choice.target, files)))
+        targets = shares(choice.target, files)
     else:
         targets = (choice.target or None,) * len(files)
     tokens, copying = step_tokens(config) if config else 0, ""

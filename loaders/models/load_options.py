@@ -7,6 +7,7 @@ import torch
 
 from ..comfyui.who_computes import AUTOMATIC
 from ..recipe import Recipe
+from .pack_on_load import PackTo
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class LoadOptions:
     Attributes:
         compute: one of `compute_dtype.COMPUTE`.
         host_formats: one of `who_computes.HOST_FORMATS`.
-        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`; plain weights are packed to
-            it as they are read. None: they stay as in the file.
+        pack_to: what plain weights are packed to as they are read: see `PackTo`, or FIT. None: they
+            stay as in the file.
         disable_dynamic: keep the model out of dynamic VRAM.
         model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
             host's own loader.
@@ -25,7 +26,7 @@ class LoadOptions:
 
     compute: str = "exact"
     host_formats: str = AUTOMATIC
-    pack_to: str | None = None
+    pack_to: PackTo | None = None
     disable_dynamic: bool = False
     model_options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
 
 
-def needs_own_reader(path: str, pack_to: str | None = None,
+def needs_own_reader(path: str, pack_to: str | int | None = None,
                      host_formats: Container[str] = ()) -> bool:
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
@@ -32,7 +32,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
 
     Args:
         path: of a file or folder.
-        pack_to: type that weights are packed to as they are read, or None.
+        pack_to: what weights are packed to as they are read, or None.
         host_formats: ComfyUI's own formats that this pack computes.
     """
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):

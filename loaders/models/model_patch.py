@@ -10,10 +10,11 @@ from ..comfyui.compute_dtype import guided_dtypes
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import MODEL_PATCH
+from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
 
 
-def load_model_patch(path: str, pack_to: str | None = None,
+def load_model_patch(path: str, pack_to: PackTo | None = None,
                      compute: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
     """Loads a model patch and keeps its packed weights packed.
 
@@ -22,7 +23,7 @@ def load_model_patch(path: str, pack_to: str | None = None,
 
     Args:
         path: of a file or a folder of diffusers.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        pack_to: see `PackTo`; plain weights are packed to it as they are read.
         compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 
     Raises:

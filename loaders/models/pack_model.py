@@ -42,7 +42,7 @@ from ..quantizers.comfyui import FP8
 from ..quantizers.judgement import judge
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
-from .pack_on_load import PackStats, pack_weights, size_of_target
+from .pack_on_load import PackStats, PackTo, pack_weights
 
 ADVICE = ("Put Pack Model (Featherweight) before the node that adds it, or choose `pack to` in a"
           " loader of this pack.")
@@ -69,14 +69,14 @@ class _Copy:
         stats: of the packing.
     """
 
-    target: str
+    target: PackTo
     device: torch.device
     source: str
     rounded: Sequence[tuple[tuple, Callable[[], Any]]]
     patcher: Any
     stats: PackStats
 
-    def is_of(self, target: str, device: torch.device, source: str, rounded: Sequence) -> bool:
+    def is_of(self, target: PackTo, device: torch.device, source: str, rounded: Sequence) -> bool:
         """Returns whether it is what packing would give."""
         return (self.target, self.device, self.source, len(self.rounded)) == (
             target, device, source, len(rounded)) and (
@@ -127,7 +127,7 @@ class _Model:
         return WeightFileError(f"{self.name}: {problem}. {advice}")
 
 
-def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
+def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: PackTo,
                round_loras: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Packs the model of a MODEL.
 
@@ -135,8 +135,7 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
 
     Args:
         patcher: of a diffusion model, packed or not; it stays as it is, and leaves its device.
-        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`. Weights that are packed
-            already stay so, as in a loader.
+        pack_to: see `PackTo`, or FIT. Weights that are packed already stay so, as in a loader.
         round_loras: whether LoRAs are rounded into the packed weights too; else they stay patches.
 
     Returns:
@@ -250,7 +249,7 @@ def _fingerprint(patcher) -> str:
     return digest.hexdigest()
 
 
-def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
+def _packed_copy(patcher, file: _Model, pack_to: PackTo, rounded: Mapping[str, int]
                  ) -> tuple[Any, PackStats]:
     """Returns a patcher of the packed copy, without patches, and what was packed.
 
@@ -282,7 +281,7 @@ def _packed_copy(patcher, file: _Model, pack_to: str, rounded: Mapping[str, int]
         replaced[id(parameter)] = value
     is_quantized = any(is_packed(value) and plain_dtype_of(value) is None
                        for value in replaced.values())
-    if not takers or not (is_quantized or size_of_target(pack_to)):
+    if not takers or not (is_quantized or isinstance(pack_to, int)):
         raise WeightFileError(
             f"{file.name}: none of its weights can be packed: they are small, or in layers that are"
             " not ComfyUI's. Use the model as it is.")

@@ -27,7 +27,7 @@ from ...ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
-from ..byte_sizes import GB, size_text
+from ..byte_sizes import size_text
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..container.weight_file import (
@@ -54,6 +54,7 @@ from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, wri
 
 # types that weights can be packed to: all that files are saved in but the coarsest
 TYPES = (*(name for name in SAVE_TYPES if name != "Q2_K"), *ROW_TYPES)
+PackTo = str | int  # one of TYPES, or the bytes that the best mix of types takes at most
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
 WHOLE_ROWS = 64  # are whole blocks of every type
@@ -148,24 +149,13 @@ class PackStats:
         return cls(sources, unchanged, seconds, loss, is_second, cache, folder, unfit)
 
 
-def size_target(nbytes: int) -> str:
-    """Returns the loaders' `pack_to` for the best mix of types with at most so many bytes."""
-    return f"{nbytes / GB:.12g} GB"
-
-
-def size_of_target(pack_to: str) -> int | None:
-    """Returns the bytes of a `size_target`, None for a type."""
-    number = pack_to.removesuffix(" GB")
-    return None if number == pack_to else round(float(number) * GB)
-
-
-def may_have_host_formats(pack_to: str) -> bool:
+def may_have_host_formats(pack_to: PackTo) -> bool:
     """Returns whether weights in the host's own formats are among those packed to this: where it is
     one of these, or a size for which they stay."""
-    return pack_to in ROW_TYPES or size_of_target(pack_to) is not None
+    return pack_to in ROW_TYPES or isinstance(pack_to, int)
 
 
-def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to: str,
+def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to: PackTo,
                  progress: Progress, prefix: str = "", device: torch.device = CPU,
                  fixed: Container[str] = ()) -> PackStats:
     """Packs the weights of a model in place, by the plan for a type.
@@ -176,7 +166,7 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
     Args:
         file: of the weights. What is packed of another than a file is not kept for the next time.
         state_dict: of `file`, with the host's names, after `quantized_weights.as_tensors`.
-        pack_to: one of `TYPES`, or a `size_target`.
+        pack_to: see `PackTo`.
         progress: advances by one stage.
         prefix: of the names of the model; other weights stay as they are.
         device: packs the weights, which stay on the CPU.
@@ -191,21 +181,20 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
         name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)
         and tensor.dtype.is_floating_point and tensor.numel()
     }
-    size = size_of_target(pack_to)
+    is_size = isinstance(pack_to, int)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     measured, measurement_state = None, None
-    if size is not None:
+    if is_size:
         measured, measurement_state = measurement_of(file, {
             name.removeprefix(prefix): shape for name, shape in shapes.items()})
         if measured:
             log.info("%s is packed by %s", file.name, measured.file)
     try:
-        types = _types_for(weights, pack_to if size is None else size, prefix,
-                           measured and measured.costs, fixed)
+        types = _types_for(weights, pack_to, prefix, measured and measured.costs, fixed)
     except PlanError as error:
         raise WeightFileError(f"{file.name}: {error}") from error
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
-              if name not in fixed and not _stays(tensor, types[name], size is not None)}
+              if name not in fixed and not _stays(tensor, types[name], is_size)}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder, path, entry = packed_cache.folder(packed_folder()), None, None
     cached_file = file if isinstance(file, WeightFile) else None
@@ -261,7 +250,7 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
                       time.perf_counter() - started, loss, is_second, cache, str(folder),
                       tuple(unfit))
     log.info("%s: %d weights of %d to %s, %s", file.name,
-             len(to_pack), len(types), pack_to, stats)
+             len(to_pack), len(types), size_text(pack_to) if is_size else pack_to, stats)
     return stats
 
 
@@ -307,7 +296,7 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
                for part in parts)
 
 
-def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | int, prefix: str,
+def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: PackTo, prefix: str,
                costs: Mapping[str, Mapping[str, float]] | None,
                fixed: Container[str]) -> dict[str, str]:
     """Returns name -> type of each weight, by the plan for a type or for bytes.

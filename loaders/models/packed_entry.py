@@ -61,9 +61,9 @@ class Entry:
     loss: float
 
 
-def suffix_for(type_name: str) -> str:
-    """Returns the suffix of a file of weights in a type."""
-    return ".safetensors" if type_name in PACKED_TYPES else ".gguf"
+def suffix_for(pack_to: str | int) -> str:
+    """Returns the suffix of a file of weights that are packed to a type or a size."""
+    return ".safetensors" if pack_to in PACKED_TYPES else ".gguf"
 
 
 def most_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -34,7 +34,7 @@ from ..progress import Progress
 from ..quantizers.comfyui_marks import MARK
 from .compute_choice import BY_COMPUTE, computing
 from .loader_choice import needs_own_reader
-from .pack_on_load import PackStats, pack_weights
+from .pack_on_load import PackStats, PackTo, pack_weights
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Kind:
     prefix: str = ""
 
 
-def load_side_model(path: str, kind: Kind, pack_to: str | None = None,
+def load_side_model(path: str, kind: Kind, pack_to: PackTo | None = None,
                     compute: str = AUTOMATIC) -> Any:
     """Loads a model by a function of the host.
 
@@ -91,7 +91,7 @@ def load_side_model(path: str, kind: Kind, pack_to: str | None = None,
     Args:
         path: of a file or folder.
         kind: of the model.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        pack_to: see `PackTo`; plain weights are packed to it as they are read.
         compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`. With "automatic" the host's own
             formats in a file are computed exactly, but those that it is packed to as for models.
 

@@ -45,7 +45,7 @@ from .fit_device import encoder_targets
 from .load_options import LoadOptions
 from .loader_choice import needs_own_reader
 from .mmproj import add_vision, find_vision
-from .pack_on_load import PackStats, may_have_host_formats, pack_weights
+from .pack_on_load import PackStats, PackTo, may_have_host_formats, pack_weights
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 TYPE_ADVICE = ("Choose the type of model that it is for at `type`, or get the size that the"
@@ -195,7 +195,7 @@ def _names(paths: list[str]) -> str:
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  targets: Sequence[str | None], formats: frozenset[str], notes: list[str],
+                  targets: Sequence[PackTo | None], formats: frozenset[str], notes: list[str],
                   device: torch.device,
                   clip_type: str) -> tuple[list[Weights], PackStats | None, list[str]]:
     """Reads the state dict of each file, with the host's names, checks and packs it to its target.

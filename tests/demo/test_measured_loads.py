@@ -13,9 +13,8 @@ from demo_model import scenes
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.pack_on_load import size_target
 
-SIZE = size_target(4_500_000)
+SIZE = 4_500_000
 CAPTIONS = IMAGES = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -90,3 +90,16 @@ def arrange(items: list[pytest.Item]):
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+class FailureNames:
+    """A plugin of the process that shares out: names each test that fails when it does, as the end
+    of a long run may be lost."""
+
+    def __init__(self, config: pytest.Config):
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport):
+        if report.failed:
+            reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line(f" FAILED {report.nodeid}")

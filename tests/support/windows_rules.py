@@ -11,7 +11,8 @@ PACK = Path(atomic_file.__file__).parents[2]
 LIBRARY = (os.path.dirname(os.__file__) + "/", "<frozen")
 OWN = tuple(str(PACK / name) for name in ("loaders", "nodes", "ops", "cluster"))
 # folders of tests in which it is refused
-FOLDERS = ("tests/loaders/files",)
+FOLDERS = ("tests/loaders/files", "tests/loaders/packing", "tests/node",
+           "tests/test_file_faults.py")
 # event of `sys.audit` -> positions of the files that may not be in use; a new name is one where it
 # replaces a file
 EVENTS = {"os.remove": (0,), "os.rename": (0, 1), "os.truncate": (0,)}

@@ -376,15 +376,16 @@ def _usual_card(device: torch.device) -> tuple[Any, float, float]:
     return card, *next(row for row in GENERATIONS if row[0] <= capability)[1:]
 
 
-def shares(size: int, files: Sequence[Weights]) -> list[int]:
+def shares(size: int, files: Sequence[Weights]) -> tuple[int, ...]:
     """Returns the bytes for each file of a model that is to have a size: its least, and of the rest
     in proportion to what packing can save, so that a file that is packed already keeps its size."""
     least = sum(file.least for file in files)
     spare = sum(file.nbytes - file.least for file in files) or 1
     if size < least:  # which no plan has; see `plan_for_size`
-        return [size * file.least // least for file in files]
-    return [min(file.nbytes, file.least + (size - least) * (file.nbytes - file.least) // spare)
-            for file in files]
+        return tuple(max(1, size * file.least // least) for file in files)
+    return tuple(max(1, min(
+        file.nbytes, file.least + (size - least) * (file.nbytes - file.least) // spare))
+        for file in files)
 
 
 def workspace_bytes(shapes: Shapes) -> int:

@@ -27,7 +27,6 @@ from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, copying_text, fit_text
-from featherweight.loaders.models.pack_on_load import size_of_target, size_target
 from featherweight.loaders.models.placement import placed_text
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.calibration.measure import usual_steps
@@ -393,7 +392,7 @@ def test_text_encoders_of_one_clip_share_the_room(share, room, tmp_path):
     assert ("fits unchanged" in fit_text(clip.patcher)) == (share == 1)
     assert ("packed from BF16" in memory_summary(clip.patcher)) == (share < 1)
     if share < 1:
-        fixed = size_target((int(share * nbytes) + 100_000) // STEP * STEP)
+        fixed = (int(share * nbytes) + 100_000) // STEP * STEP
         again = load_text_encoder(paths, "sd3", pack_to=fixed, model_options=options)
         assert digest(again.patcher) == digest(clip.patcher)
 
@@ -409,7 +408,7 @@ def test_memory_that_is_shared_holds_both_experts_of_a_model():
 
 
 def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
-    target = size_target(int(FLUX_BYTES * 0.35))
+    target = int(FLUX_BYTES * 0.35)
     plain = load_diffusion_model(flux_in_bfloat16(), pack_to=target)
     shapes = {name: tuple(values.shape) for name, values in tiny_flux().items()
               if values.ndim == 2 and "_blocks." in name}
@@ -421,7 +420,7 @@ def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=target)
     weight = model.model.diffusion_model.get_parameter(measured)
     assert weight.nbytes > plain.model.diffusion_model.get_parameter(measured).nbytes
-    assert model.model_size() <= size_of_target(target) + UNPLANNED
+    assert model.model_size() <= target + UNPLANNED
     # what the weights lose says nothing of the image then
     assert "loss: " in memory_summary(plain) and "loss: " not in memory_summary(model)
 
@@ -445,8 +444,7 @@ def test_a_size_that_is_too_small_is_refused_in_a_sentence():
         with pytest.raises(ValueError, match="^size in GB is .*; expected how large the weights"):
             packed_type(MIX, size)
     assert packed_type(NO_CHANGE, 3.0) is None and packed_type(FIT, 3.0) == FIT
-    assert size_of_target(packed_type(MIX, 8.93)) == 8_930_000_000
-    assert size_of_target("Q4_K") is None
+    assert packed_type(MIX, 8.93) == 8_930_000_000
 
 
 def test_a_packed_module_next_to_a_model_takes_no_room_from_its_packing():

@@ -34,7 +34,6 @@ from featherweight.loaders.comfyui.model_summary import PACK_STATS_KEY
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
-from featherweight.loaders.models.pack_on_load import size_of_target, size_target
 from featherweight.loaders.packing.planning import fit
 from featherweight.loaders.packing.planning.plan import types_for
 from featherweight.ops.formats.base import FORMATS
@@ -334,7 +333,7 @@ def bytes_copied(fitted: Targets) -> float:
 
 def kind_of(target: str | int | None) -> str:
     """Returns what a choice is: a type, a size, or nothing for the file as it is."""
-    if isinstance(target, int) or (target and size_of_target(target)):
+    if isinstance(target, int):
         return "size"
     return target or ""
 
@@ -342,9 +341,9 @@ def kind_of(target: str | int | None) -> str:
 def check_larger(card: Card, fitted: Targets, monkeypatch):
     """Checks that the next larger choice does not stay on the GPU: a size a little larger, or the
     file as it is."""
-    target, size = None, size_of_target(fitted.files[0])
-    if size:
-        target = size_target(int(LARGER * size) + card.pages)
+    target, size = None, fitted.files[0]
+    if isinstance(size, int):
+        target = int(LARGER * size) + card.pages
     patcher = load_diffusion_model(file_of(card.model), pack_to=target)
     assert not is_whole(patcher, card, run(patcher, card, monkeypatch))
 

@@ -39,7 +39,6 @@ from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, fit_text
 from featherweight.loaders.models.pack_model import pack_model
-from featherweight.loaders.models.pack_on_load import size_target
 from featherweight.loaders.models.placement import place
 from featherweight.loaders.packing.planning import fit
 from featherweight.loaders.packing.planning.fit import Memory
@@ -136,7 +135,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("pack_to", ["Q4_K", "int8_convrot", size_target(3_000_000)])
+@pytest.mark.parametrize("pack_to", ["Q4_K", "int8_convrot", 3_000_000])
 def test_whatever_loaded_a_model_it_is_packed_as_its_file_would_be_and_stays_as_it_is(
         loader, pack_to, path):
     patcher = LOADERS[loader](path)
@@ -189,7 +188,7 @@ def test_weights_that_their_loader_has_rounded_to_8_bits_and_that_stay_are_told(
 def test_packed_weights_stay_as_they_are_and_share_their_memory(counted):
     patcher = packed_flux("Q4_K")
     before = run(patcher)
-    packed = pack_model(patcher, size_target(10_000_000))
+    packed = pack_model(patcher, 10_000_000)
     held, was_held = parts_of(packed), parts_of(patcher)
     assert was_held and same({name: held[name] for name in was_held}, was_held) and not counted
     assert all(part.data_ptr() == own.data_ptr() for name in was_held for part, own in zip(
@@ -420,9 +419,9 @@ def held_bytes(patcher) -> int:
 def test_a_size_counts_what_is_in_layers_of_others(path):
     patcher, others = in_layers_of_others(path)
     asked = others + 2_000_000
-    assert 0.8 * asked < held_bytes(pack_model(patcher, size_target(asked))) < 1.02 * asked
+    assert 0.8 * asked < held_bytes(pack_model(patcher, asked)) < 1.02 * asked
     with pytest.raises(WeightFileError, match="too small for this model"):
-        pack_model(patcher, size_target(others))
+        pack_model(patcher, others)
 
 
 @pytest.mark.parametrize("is_multiplied", [True, False])

@@ -224,11 +224,11 @@ def test_a_file_saved_again_is_the_same_bit_for_bit(flux, tmp_path, kind):
     model = load_diffusion_model(str(first.path), host_formats=EXACT)
     of_host = comfy.sd.load_diffusion_model(str(first.path))
     assert isinstance(of_host.get_model_object(f"diffusion_model.{BLOCK}"), QuantizedTensor)
-    for number, wanted in enumerate((kind, KEEP_TYPES)):
-        for source in (source_of_file(first.path), source_of_model(model),
-                       source_of_model(of_host)):
+    for wanted in (kind, KEEP_TYPES):
+        for number, source in enumerate((source_of_file(first.path), source_of_model(model),
+                                         source_of_model(of_host))):
             assert suffix_for(source, wanted) == ".safetensors"
-            again = save(source, tmp_path / f"b{number}.safetensors", wanted, overwrite=True)
+            again = save(source, tmp_path / f"{wanted} {number}.safetensors", wanted)
             expected, tensors = stored(first.path), stored(again.path)
             assert tensors.keys() == expected.keys()
             for name, tensor in expected.items():
@@ -419,7 +419,7 @@ def test_values_that_a_type_cannot_hold_are_in_another_within_the_size(tmp_path,
                                       lambda start, stop, tensor=tensor: tensor[start:stop])})
         for wanted, options in ((kind, {}), (40_000, {"row_types": (kind,)})):
             try:
-                saved = save(source, tmp_path / "a.safetensors", wanted, overwrite=True, **options)
+                saved = save(source, tmp_path / f"{size} {wanted}.safetensors", wanted, **options)
             except SaveError as error:
                 assert wanted != kind and re.search(
                     f"'{name}' do not fit into .* in F32 the file takes", str(error))

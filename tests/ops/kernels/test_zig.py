@@ -1,4 +1,5 @@
-"""Kernels for CPUs by the package ziglang, where no other compiler is installed."""
+"""Kernels for CPUs by the package ziglang, where no other compiler is installed. On Windows there
+is no other, and `dev.py test --windows` runs these tests."""
 import logging
 import shutil
 from pathlib import Path
@@ -15,7 +16,6 @@ from kernel_cases import (
     reference,
     row_format,
 )
-from kernels_in_wine import Wine
 
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels as kernel_layer
@@ -164,26 +164,6 @@ def test_a_cpu_uses_it_unasked_and_writes_into_the_packs_cache_alone(caplog, tmp
     assert "Packed weights on cpu use cpp" in caplog.text
     assert (cache / "featherweight" / "kernels" / "zig").is_dir()
     assert not (tmp_path / "home").exists()
-
-
-@pytest.fixture(scope="module")
-def wine_kernels(tmp_path_factory):
-    """The backend's kernels, compiled for Windows and run in wine."""
-    command = shutil.which("wine64") or shutil.which("wine")
-    if command is None:
-        pytest.skip("needs wine")
-    wine = Wine(command, tmp_path_factory.mktemp("windows"))
-    kernels = CpuKernels(wine)
-    yield cpp_backend.kernel_table(lambda: kernels, HAS_BFLOAT16)
-    wine.end()
-
-
-@pytest.mark.heavy
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("capability", "name", "dtype"), KERNELS, ids=str)
-def test_its_kernels_for_windows_are_right_in_wine(
-        wine_kernels, capability, name, dtype, monkeypatch):
-    test_its_kernels_are_right(wine_kernels, capability, name, dtype, monkeypatch)
 
 
 class CompilerFor:
