@@ -439,7 +439,7 @@ def test_who_has_a_mix_without_a_measurement_reads_what_one_gives(monkeypatch, r
 def test_a_size_that_is_too_small_is_refused_in_a_sentence():
     with pytest.raises(WeightFileError, match=r"^bf16 to fit.safetensors: A size of 1.00 MB is too"
                        r" small for this model: .* Ask for that much or more"):
-        load_diffusion_model(flux_in_bfloat16(), pack_to="0.001 GB")
+        load_diffusion_model(flux_in_bfloat16(), pack_to=1_000_000)
     for size in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="^size in GB is .*; expected how large the weights"):
             packed_type(MIX, size)
