@@ -1,4 +1,5 @@
 """The real ComfyUI server, headless, with this pack in it, and a small client for it."""
+import contextlib
 import copy
 import io
 import itertools
@@ -28,6 +29,8 @@ PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
 # What the pack's nodes put between the letters of a word, and what they end a line with.
 JOINER, LINE_BREAK = "\u2060", "  \n"
+# of the repository, in a copy of the pack
+NOT_COPIED = shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__")
 ATTEMPTS = 3  # to start, where another program takes the port that was free
 
 
@@ -148,14 +151,10 @@ class Server:
         elif pack.is_dir():
             shutil.rmtree(pack)
         if self.with_pack:
-            try:
+            with contextlib.suppress(OSError):  # Windows without the right to make links
                 pack.symlink_to(ROOT, target_is_directory=True)
-            except OSError:  # Windows without the right to make links
-                shutil.copytree(
-                    ROOT,
-                    pack,
-                    ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"),
-                )
+            if not pack.is_dir():  # Wine says that it made one
+                shutil.copytree(ROOT, pack, ignore=NOT_COPIED)
         for name, source in self.extra_custom_nodes.items():
             (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
 

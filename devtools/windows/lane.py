@@ -123,7 +123,7 @@ def environment() -> dict[str, str]:
     """Returns the environment variables of programs in Wine."""
     hidden = {"DISPLAY", "HOME", "XDG_CACHE_HOME", "TMPDIR", "PYTHONPATH", "PYTHONHOME"}
     return {name: value for name, value in os.environ.items() if name not in hidden} | {
-        "WINEPREFIX": str(PREFIX), "WINEARCH": "win64", "WINEDEBUG": "-all",
+        "WINEPREFIX": str(PREFIX), "WINEARCH": "win64", "WINEDEBUG": "-all", "LC_ALL": "C.UTF-8",
         "WINEDLLOVERRIDES":
             f"mscoree,mshtml=;winemenubuilder.exe=;{','.join(OWN_DLLS)}=n,b",
         # AMX takes a permission of Linux, for which nothing asks in Wine

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # which a Python with a ._pth file leaves out
 
@@ -38,12 +40,12 @@ def lay_out(folder: Path, python: Path, host: Path):
     shutil.make_archive(str(embedded / f"python3{minor}"), "zip", library)
     shutil.rmtree(library)
     (embedded / f"python3{minor}._pth").write_text(PATHS.format(minor=minor))
-    shutil.copytree(host, folder / "ComfyUI", ignore=shutil.ignore_patterns(
-        ".git", "__pycache__", "models", "custom_nodes", "output", "user"))
+    shutil.copytree(host, folder / "ComfyUI",
+                    ignore=shutil.ignore_patterns(".git", "__pycache__"))
     for bat in (host / ".ci" / BATS).glob("*.bat"):
         shutil.copy(bat, folder)
     shutil.copytree(ROOT, folder / "ComfyUI" / "custom_nodes" / server.PACK,
-                    ignore=shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__"))
+                    ignore=server.NOT_COPIED)
 
 
 class Portable(server.Server):
@@ -57,7 +59,8 @@ class Portable(server.Server):
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(["cmd", "/c", "run_cpu.bat"], cwd=self.base.parent,
                                             stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=subprocess.STDOUT)
+                                            stderr=subprocess.STDOUT,  # as a console, in UTF-8
+                                            env={**os.environ, "PYTHONIOENCODING": "utf-8"})
         try:
             self._wait_until_ready()
         except BaseException:
@@ -66,7 +69,9 @@ class Portable(server.Server):
         return self
 
     def __exit__(self, *_):
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(self.process.pid)], check=False)
+        command = psutil.Process(self.process.pid)
+        for process in (*command.children(recursive=True), command):
+            process.kill()
         self.process.wait()
 
 
