@@ -69,6 +69,7 @@ class Portable(server.Server):
         return self
 
     def __exit__(self, *_):
+        assert self.process is not None
         command = psutil.Process(self.process.pid)
         for process in (*command.children(recursive=True), command):
             process.kill()
