@@ -4,6 +4,7 @@ Its own Python runs this file in the folder `ComfyUI_windows_portable`. The pack
 what README says to install there is installed, run_cpu.bat starts ComfyUI, a GGUF file and a LoRA
 are loaded, and the picture is in portable.png.
 """
+import contextlib
 import os
 import re
 import shutil
@@ -72,7 +73,8 @@ class Portable(server.Server):
         assert self.process is not None
         command = psutil.Process(self.process.pid)
         for process in (*command.children(recursive=True), command):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # cmd ends with what it runs
+                process.kill()
         self.process.wait()
 
 

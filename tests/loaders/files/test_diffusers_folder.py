@@ -227,21 +227,20 @@ def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(sharded):
         path, f"its index lists 'absent.weight' in {SHARDS[0]}, which does not contain it")
 
 
-def test_a_damaged_shard_is_named(sharded):
+@pytest.mark.parametrize(("left", "message"), [(-1, ": .* download it again"), (0, " is empty")])
+def test_a_damaged_shard_is_named(sharded, left, message):
     path, _ = sharded
     content = (path / SHARDS[1]).read_bytes()
-    (path / SHARDS[1]).write_bytes(content[:-1])
-    refused(path, f"{SHARDS[1]}: .* download it again")
-    (path / SHARDS[1]).write_bytes(b"")
-    refused(path, f"{SHARDS[1]} is empty")
+    (path / SHARDS[1]).write_bytes(content[:left])
+    refused(path, f"{SHARDS[1]}{message}")
 
 
 def test_bad_weights_name_the_shard_they_are_in(sharded):
     path, _ = sharded
     stored = load_file(path / SHARDS[0]) | load_file(path / SHARDS[1])
-    index = {name: SHARDS[0] for name in stored if name != "b.weight.absmax"}
-    save_file({name: stored[name] for name in index}, str(path / SHARDS[0]))
+    index = {name: "other.safetensors" for name in stored if name != "b.weight.absmax"}
+    save_file({name: stored[name] for name in index}, str(path / "other.safetensors"))
     (path / INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(WeightFileError, match=(
-            f"^package/transformer/{SHARDS[0]}: 'b.weight', .* it has no absmax")):
+            "^package/transformer/other.safetensors: 'b.weight', .* it has no absmax")):
         open_weights(path).state_dict()

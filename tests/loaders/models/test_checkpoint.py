@@ -323,12 +323,11 @@ def test_a_text_encoder_may_have_a_layer_that_this_comfyui_does_not_read(path):
     assert relative(weight.dequantize(), values) < 1e-3 and encode(clip).isfinite().all()  # float16
 
 
-def test_what_is_no_checkpoint_is_refused(path):
-    for prefix, kind in ((MODEL, "no checkpoint"), ("", "no diffusion model")):
-        write_bnb(path,
-                  {f"{prefix}layers.{number}.weight": torch.randn(64, 64) for number in range(9)})
-        with pytest.raises(
-                WeightFileError,
-                match=f"checkpoint.safetensors holds {kind} that this ComfyUI knows") as error:
-            load_checkpoint(path)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(("prefix", "kind"), [(MODEL, "no checkpoint"), ("", "no diffusion model")])
+def test_what_is_no_checkpoint_is_refused(path, prefix, kind):
+    write_bnb(path, {f"{prefix}layers.{number}.weight": torch.randn(64, 64) for number in range(9)})
+    with pytest.raises(
+            WeightFileError,
+            match=f"checkpoint.safetensors holds {kind} that this ComfyUI knows") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)

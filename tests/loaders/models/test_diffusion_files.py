@@ -1,4 +1,5 @@
 """What converters do to names, shapes and types, and what people pick by mistake."""
+import os
 from pathlib import Path
 
 import comfy.model_management
@@ -365,12 +366,14 @@ def add_config(path: Path):
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
         writer.add_tensor(CONFIG_NAME, CONFIG.view(torch.int8).numpy())
         write_all(writer)
+        del reader, tensor, writer  # Windows replaces no file that is mapped
         Path(f"{path}.new").replace(path)
         return
     file = path if path.is_file() else next(path.glob("*.safetensors"))
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(load_file(file) | {CONFIG_NAME: CONFIG}, str(file), metadata=metadata)
+    save_file(load_file(file) | {CONFIG_NAME: CONFIG}, f"{file}.new", metadata=metadata)
+    os.replace(f"{file}.new", file)
 
 
 @pytest.fixture

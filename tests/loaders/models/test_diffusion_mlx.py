@@ -1,5 +1,6 @@
 """Diffusion models that mflux saved, compared with the host's dense models of the same values."""
 import json
+import os
 
 import folder_paths
 import pytest
@@ -46,7 +47,7 @@ def test_a_folder_of_mflux_is_listed(tmp_path, monkeypatch):
     (tmp_path / "schnell-4bit").mkdir()
     for folder in ("transformer", "vae"):
         write_folder("flux-dev", tmp_path / "schnell-4bit" / folder)
-    assert list_model_folders("diffusion_models") == ["schnell-4bit/transformer"]
+    assert list_model_folders("diffusion_models") == [os.path.join("schnell-4bit", "transformer")]
 
 
 def test_a_folder_of_numbered_files_without_mfluxs_index_is_a_sentence(tmp_path):
