@@ -78,19 +78,27 @@ class Portable(server.Server):
         self.process.wait()
 
 
+def commands_of_readme() -> list[str]:
+    """Returns README's commands for the portable version: one that clones, one that installs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Portable Windows**")[2]
+    return readme.split("```")[1].strip().splitlines()
+
+
+def other_starts(folder: Path) -> list[str]:
+    """Returns the names of the files in a folder that start ComfyUI in another way."""
+    return [bat.name for bat in folder.glob("run_*.bat")
+            if not re.search(START, bat.read_text(encoding="utf-8"))]
+
+
 def main() -> int:
     """Returns 0 if the pack was installed, started, and has drawn."""
     from devtools import demo
     from devtools.files import demo_files
 
     folder = Path.cwd()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Portable Windows**")[2]
-    clone, install = readme.split("```")[1].strip().splitlines()
-    assert "git clone" in clone  # the pack is there
-    subprocess.run(install, shell=True, check=True)
-    for bat in folder.glob("run_*.bat"):
-        if not re.search(START, bat.read_text(encoding="utf-8")):
-            raise SystemExit(f"{bat.name} does not start ComfyUI as it did.")
+    subprocess.run(commands_of_readme()[1], shell=True, check=True)
+    if names := other_starts(folder):
+        raise SystemExit(f"{', '.join(names)}: ComfyUI is not started as it was.")
     demo_files.make_models(folder / "ComfyUI", ["Q8_0"])
     with Portable(folder / "ComfyUI") as running:
         run, _ = demo.run_workflow(running, workflow=demo.LORA_WORKFLOW)

@@ -5,7 +5,8 @@ import pytest
 import tomllib
 
 from devtools import ROOT
-from devtools.windows import lane
+from devtools.host.server import HOST
+from devtools.windows import lane, portable
 from devtools.windows.missing_in_wine import complex_numbers
 
 KNOWN = tomllib.loads(lane.KNOWN.read_text(encoding="utf-8"))["tests"]
@@ -41,3 +42,10 @@ def test_every_function_of_complex_numbers_has_a_type_of_each_width():
     names = complex_numbers.functions()
     assert {"cabs", "cabsf", "cabsl", "csqrtf", "cpowl", "_Cbuild", "_FCmulcc", "norm"} <= {*names}
     assert all(f" own_{name}(" in source for name, source in names.items())
+
+
+def test_readme_and_comfyuis_portable_version_are_as_the_lane_takes_them():
+    clone, install = portable.commands_of_readme()
+    assert clone.startswith("git clone ") and install.startswith(r".\python_embeded\python.exe -s ")
+    bats = HOST / ".ci" / portable.BATS
+    assert len([*bats.glob("run_*.bat")]) > 1 and portable.other_starts(bats) == []
