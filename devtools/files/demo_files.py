@@ -144,6 +144,8 @@ def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = Tr
 
 
 def write_checkpoint(path: Path, with_vae: bool = True):
-    _bnb_files().write_bnb(path, flux(), prefix="model.diffusion_model.")
-    if with_vae:
-        save_file(load_file(path) | {f"vae.{name}": value for name, value in vae().items()}, path)
+    alone = path.with_name(f"{path.name}.flux") if with_vae else path
+    _bnb_files().write_bnb(alone, flux(), prefix="model.diffusion_model.")
+    if with_vae:  # in another file: Windows writes over none that is mapped
+        save_file(load_file(alone) | {f"vae.{name}": value for name, value in vae().items()}, path)
+        alone.unlink()

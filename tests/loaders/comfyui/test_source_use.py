@@ -2,6 +2,7 @@
 model's own blocks, says what only holds it, and takes the rest. The patchers have the forms of
 public packs'."""
 import functools
+import os
 import types
 import unittest.mock
 import weakref
@@ -264,7 +265,7 @@ def test_the_hosts_own_patchers_are_not_refused(family, monkeypatch):
     for module in ("freelunch", "pag", "hypertile", "model_downscale", "tomesd",
                    "model_advanced", "differential_diffusion", "easycache", "cfg", "slg"):
         asyncio.run(nodes.load_custom_node(
-            f"{nodes.__file__.rpartition('/')[0]}/comfy_extras/nodes_{module}.py",
+            os.path.join(os.path.dirname(nodes.__file__), "comfy_extras", f"nodes_{module}.py"),
             module_parent="comfy_extras"))
     for name in NODES[family]:
         node = nodes.NODE_CLASS_MAPPINGS[name]

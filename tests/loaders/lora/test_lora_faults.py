@@ -1,5 +1,6 @@
 """A LoRA with one tensor dropped, doubled, renamed, of another type, cut, transposed or added: what
 is applied has its effect, or the report says that it fits in part, or the load stops."""
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -57,9 +58,10 @@ def faults_of(lora: dict, chance: random.Random, count: int) -> Iterator[tuple[s
 def check_faults(kind: str, count: int, tmp_path):
     packed, _ = flux_pair("Q8_0")
     lora, chance = lora_for(flux_file("Q8_0")[1], kind), random.Random(random.randrange(1 << 30))
-    path = str(tmp_path / "lora.safetensors")
+    numbers = itertools.count()
 
     def apply(tensors):
+        path = str(tmp_path / f"lora {next(numbers)}.safetensors")  # the last one is mapped
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
         report = check_lora(packed, None, *load_lora_file(path), measure=False)
         return report, run(apply_lora(packed, None, report, 1.0, 0.0)[0])

@@ -1,6 +1,5 @@
 """Whether a LoRA was trained on a base or a distilled model, and which the model is: only what the
 files say, and where they say it."""
-import os
 import shutil
 
 import pytest
@@ -117,7 +116,7 @@ def test_a_model_is_told_by_its_metadata_then_its_name_then_its_weights(
 
 def test_a_file_that_is_gone_says_its_name(files, tmp_path):
     model = load_diffusion_model(shutil.copyfile(files("a.gguf"), tmp_path / "x-turbo.gguf"))
-    os.rename(tmp_path / "x-turbo.gguf", tmp_path / "y.gguf")  # Windows removes nothing mapped
+    (tmp_path / "x-turbo.gguf").unlink()
     assert line(model, {}) == (
         f"{UNKNOWN}; your model is turbo (distilled; its file name: 'x-turbo.gguf')")
 

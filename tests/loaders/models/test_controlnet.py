@@ -146,10 +146,11 @@ def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
 
 def test_a_prefix_of_names_changes_no_type(tmp_path):
     sizes = []
-    for weights in (ldm(), ldm_with_prefix()):
-        save_file(dict(weights), tmp_path / "net.safetensors")
+    for number, weights in enumerate((ldm(), ldm_with_prefix())):
+        path = tmp_path / f"net{number}.safetensors"
+        save_file(dict(weights), path)
         with kernels_of_this_machine():  # which pack three times as fast
-            packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
+            packed = load_controlnet(str(path), pack_to="Q4_K")
         sizes.append((packed_layers(packed.control_model),
                       packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
