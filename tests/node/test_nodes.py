@@ -1,6 +1,7 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
 import inspect
 import json
+import os
 import re
 import sys
 import types
@@ -249,7 +250,8 @@ def test_files_are_listed_gguf_first_and_found_under_another_systems_separator(
         path = tmp_path / "diffusion_models" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert folders.list_files("unet_gguf", "diffusion_models") == ["flux/a.gguf", "b.safetensors"]
+    assert folders.list_files("unet_gguf", "diffusion_models") == [
+        os.path.join("flux", "a.gguf"), "b.safetensors"]
     expected = str(tmp_path / "diffusion_models" / "flux" / "a.gguf")
     assert (
         folders.find_file("flux\\a.gguf", "unet_gguf")
@@ -271,7 +273,8 @@ def test_folders_of_diffusers_are_listed_and_found(host_folders, tmp_path):
         folder(key, "package/vae", '{"_class_name": "AutoencoderKL"}')
         folder(key, "package/text_encoder_2", '{"architectures": ["T5EncoderModel"]}')
     folder("diffusion_models", "broken", "[not JSON")
-    assert folders.list_model_folders("diffusion_models") == ["package/transformer"]
+    assert folders.list_model_folders("diffusion_models") == [
+        os.path.join("package", "transformer")]
     assert folders.list_pipeline_folders("checkpoints", "diffusers") == ["package"]
     expected = str(tmp_path / "diffusion_models" / "package" / "transformer")
     assert folders.find_file("package\\transformer", "diffusion_models") == expected
