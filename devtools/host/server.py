@@ -121,10 +121,13 @@ class Server:
                    str(self.host / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port),
                    "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
                    "--disable-api-nodes", "--disable-auto-launch", *self.arguments]
+        return self._run(command, env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env})
+
+    def _run(self, command: list[str], **options) -> "Server":
+        """Starts the process, and waits until it serves. options: of `subprocess.Popen`."""
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=subprocess.STDOUT,
-                                            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env})
+                                            stderr=subprocess.STDOUT, **options)
         try:
             self._wait_until_ready()
         except BaseException:

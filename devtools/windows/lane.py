@@ -13,7 +13,7 @@ import tomllib
 
 from devtools import ROOT
 from devtools.host.environment import DEV, EXTRAS, OPTIONAL, SetupError, pip, read
-from devtools.host.server import PACK
+from devtools.host.server import HOST, PACK
 from devtools.windows import portable, python
 from devtools.windows.missing_in_wine import complex_numbers
 from devtools.windows.programs import compile_program
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def draw_in_portable() -> int:
     """Draws with ComfyUI's portable version. Returns 0 if it did."""
     print(f"Drawing in {PORTABLE}", flush=True)
-    portable.lay_out(PORTABLE, LANE / "python", host_folder())
+    portable.lay_out(PORTABLE, LANE / "python", HOST)
     program = PORTABLE / "ComfyUI" / "custom_nodes" / PACK / "devtools" / "windows" / "portable.py"
     return run("-s", windows_path(program), folder=PORTABLE,
                python=PORTABLE / "python_embeded" / "python.exe")
@@ -129,13 +129,9 @@ def environment() -> dict[str, str]:
         # AMX takes a permission of Linux, for which nothing asks in Wine
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "KMP_AFFINITY": "disabled",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "COMFYUI_PATH": windows_path(host_folder()),
+        "COMFYUI_PATH": windows_path(HOST.resolve()),
         "ZIG_LINUX": _zig(), "ZIG_PREFIX": str(PREFIX),
     }
-
-
-def host_folder() -> Path:
-    return Path(os.environ.get("COMFYUI_PATH", DEV / "host")).resolve()
 
 
 def windows_path(path: Path) -> str:
@@ -210,8 +206,8 @@ def install_packages():
     constraints = LANE / "constraints.txt"
     constraints.write_text("\n".join(re.sub(r"\+\w+$", "", line) for line in frozen.splitlines()
                                      if "==" in line and not APART.match(line)))
-    wanted = [line.strip() for line in [*read(host_folder() / "requirements.txt").splitlines(),
-                                        *EXTRAS, *OPTIONAL, "accelerate", "pip"]]
+    wanted = [line.strip() for line in [*read(HOST / "requirements.txt").splitlines(), *EXTRAS,
+                                        *OPTIONAL, "accelerate", "pip"]]
     wanted = [line for line in wanted if line and not line.startswith("#")
               and not APART.match(line)]
     command = [str(LANE / "uv" / "bin" / "uv"), "pip", "install", "--quiet", "--no-cache",

@@ -4,7 +4,6 @@ Its own Python runs this file in the folder `ComfyUI_windows_portable`. The pack
 what README says to install there is installed, run_cpu.bat starts ComfyUI, a GGUF file and a LoRA
 are loaded, and the picture is in portable.png.
 """
-import contextlib
 import os
 import re
 import shutil
@@ -12,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # which a Python with a ._pth file leaves out
+if __name__ == "__main__":  # behind ComfyUI's: a Python with a ._pth file leaves out what it runs
+    sys.path.append(str(ROOT))
 
+from devtools import heavy  # noqa: E402
 from devtools.host import server  # noqa: E402
 
 BATS = "windows_nvidia_base_files"  # of ComfyUI's repository, in .ci
@@ -31,8 +30,8 @@ def lay_out(folder: Path, python: Path, host: Path):
     """Lays out the folder as ComfyUI's release is, with the pack."""
     shutil.rmtree(folder, ignore_errors=True)
     embedded, minor = folder / "python_embeded", sys.version_info.minor
-    shutil.copytree(python, embedded, copy_function=os.link, ignore=lambda at, names: {
-        name for name in names if at == str(python) and name in ("DLLs", "Lib")})
+    shutil.copytree(python, embedded, copy_function=os.link,
+                    ignore=shutil.ignore_patterns("DLLs", "Lib"))
     shutil.copytree(python / "DLLs", embedded, copy_function=os.link, dirs_exist_ok=True)
     packages = Path("Lib") / "site-packages"
     shutil.copytree(python / packages, embedded / packages, copy_function=os.link)
@@ -55,26 +54,15 @@ class Portable(server.Server):
     def _plant_custom_nodes(self):
         """The pack is there."""
 
-    def _start(self) -> "Portable":
+    def _start(self) -> server.Server:
         self.port, self.url = PORT, f"http://127.0.0.1:{PORT}"
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(["cmd", "/c", "run_cpu.bat"], cwd=self.base.parent,
-                                            stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=subprocess.STDOUT,  # as a console, in UTF-8
-                                            env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        # a console takes all letters, a file in its place only with this encoding
+        return self._run(["cmd", "/c", "run_cpu.bat"], cwd=self.base.parent,
+                         env={**os.environ, "PYTHONIOENCODING": "utf-8"})
 
     def __exit__(self, *_):
         assert self.process is not None
-        command = psutil.Process(self.process.pid)
-        for process in (*command.children(recursive=True), command):
-            with contextlib.suppress(psutil.NoSuchProcess):  # cmd ends with what it runs
-                process.kill()
+        heavy.end(self.process.pid)  # cmd and what it runs
         self.process.wait()
 
 
@@ -104,7 +92,7 @@ def main() -> int:
         run, _ = demo.run_workflow(running, workflow=demo.LORA_WORKFLOW)
         picture = running.image(run.pictures[0])
         deviation = running.pixels(run).std()
-        lines = [line for line in running.log().splitlines() if "Featherweight" in line]
+        lines = [line for line in running.log().splitlines() if "Packed weights on" in line]
     (folder / "portable.png").write_bytes(picture)
     print("\n".join([*lines, f"{len(picture)} bytes of a picture, deviation {deviation:.1f}"]))
     return 0 if deviation > 10 else 1

@@ -23,6 +23,7 @@ from ..encoders.tokenizer import TokenizerError
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from .loader_choice import needs_own_reader
+from .pack_on_load import PackTo
 
 # cache of `Arch.tokenizer`: state of the files of a GGUF -> its tokenizer
 TOKENIZERS: dict[tuple, Weights] = {}
@@ -32,7 +33,7 @@ TOKENIZERS_KEPT = 4
 class EncoderFile:
     """One file of a text encoder, which is read and converted to the host's names."""
 
-    def __init__(self, path: str, progress: Progress, pack_to: str | int | None,
+    def __init__(self, path: str, progress: Progress, pack_to: PackTo | None,
                  formats: frozenset[str]):
         self.path = Path(path)
         self.name = model_name(path)

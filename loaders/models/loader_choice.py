@@ -15,13 +15,14 @@ from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
 from ..quantizers.judgement import judge
 from ..quantizers.registry import has_quantized_weights
+from .pack_on_load import PackTo
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 # What opening a safetensors file raises. The last two: it cannot be mapped, by torch or at all.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
 
 
-def needs_own_reader(path: str, pack_to: str | int | None = None,
+def needs_own_reader(path: str, pack_to: PackTo | None = None,
                      host_formats: Container[str] = ()) -> bool:
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 

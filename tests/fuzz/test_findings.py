@@ -7,7 +7,8 @@ import pytest
 from devtools import commands
 from devtools.fuzz.reader import Reader, fuzz
 
-INPUTS = 3000  # the rarest is found by 1 of 170; Hypothesis draws by what is imported, too
+# One of about 170 inputs has the rarest fault, by the constants of the modules that are imported.
+INPUTS = 3000
 SEEN = {
     "error": "foreign, KeyError", "name": "does not name the file", "sentence": "is no sentence",
     "memory": "bytes of Python's objects", "allocation": "foreign, MemoryError|^memory",

@@ -382,10 +382,12 @@ def shares(size: int, files: Sequence[Weights]) -> tuple[int, ...]:
     least = sum(file.least for file in files)
     spare = sum(file.nbytes - file.least for file in files) or 1
     if size < least:  # which no plan has; see `plan_for_size`
-        return tuple(max(1, size * file.least // least) for file in files)
-    return tuple(max(1, min(
-        file.nbytes, file.least + (size - least) * (file.nbytes - file.least) // spare))
-        for file in files)
+        wanted = [size * file.least // least for file in files]
+    else:
+        wanted = [min(file.nbytes,
+                      file.least + (size - least) * (file.nbytes - file.least) // spare)
+                  for file in files]
+    return tuple(max(1, nbytes) for nbytes in wanted)  # 0 would not be taken for a size
 
 
 def workspace_bytes(shapes: Shapes) -> int:
