@@ -32,6 +32,7 @@ from .base import scaled_layers
 from .comfyui import FP8, SCALE, SCALE_2, format_of, nvfp4_scale_shapes
 from .comfyui_marks import (
     MARK,
+    OLD_MARKER,
     OLD_SCALE,
     MarkError,
     bytes_of,
@@ -48,7 +49,7 @@ FIRST_VALUES = 2048  # of floats, that may be codes
 FEWEST_CODES = 17  # different values; constants are no codes
 MOST_SCALES = 1 << 20  # values of a scale that is looked at; others are while the model runs
 # parts of a layer that are no scales of its weight, and what has floats
-BESIDE = {"weight", "bias", "input_scale", "scale_input", "activation_scale"}
+BESIDE = {"weight", "bias", "input_scale", "scale_input", "activation_scale", OLD_MARKER}
 FLOATS = ("weight", "bias", "scale")
 TABLE = re.compile(r"(^|\.)(shared|wte|\w*embed\w*)\.weight$")  # whose values may be of any size
 # what a training begins with zeros of, and tables of positions

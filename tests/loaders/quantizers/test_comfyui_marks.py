@@ -1,6 +1,7 @@
 """ComfyUI's own formats as tools leave their marks: by tensors, by metadata or by a marker, under
 other names than the weights', of another kind than the codes."""
 import json
+import math
 import random
 from collections.abc import Callable
 
@@ -32,10 +33,10 @@ def checked(path: str, load: str, values: Tensors):
 
 
 @loads
-def test_a_bare_marker_marks_weights_with_a_prefix_too(load, tmp_path):
+def test_a_bare_marker_of_any_value_marks_weights_with_a_prefix_too(load, tmp_path):
     stored, values = old_scaled(torch.float8_e4m3fn, None)
     stored = {CHECKPOINT + name: value for name, value in stored.items()}
-    stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    stored["scaled_fp8"] = torch.full((2,), math.nan).to(torch.float8_e4m3fn)
     checked(write(tmp_path / "flux.safetensors", stored), load, values)
 
 
