@@ -1,5 +1,7 @@
 """The nodes of ComfyUI-nunchaku: what they load, LoRAs with their full strength, inputs without
 effect, and what a value of a workflow cannot name."""
+import os
+
 import comfy.sd
 import comfy.text_encoders.flux
 import pytest
@@ -90,7 +92,8 @@ def test_a_loader_offers_files_and_folders_of_models_and_loads_each(node_id, bas
     nf4(models / "flux" / "two.safetensors")
     nf4_folder(models / "svdq-int4-flux.1-dev")
     offered = input_of(node_id, file_input(node_id)).options
-    assert {"flux/one.gguf", "flux/two.safetensors", "svdq-int4-flux.1-dev"} <= set(offered)
+    assert {"flux/one.gguf", "flux/two.safetensors", "svdq-int4-flux.1-dev"} <= {
+        name.replace(os.sep, "/") for name in offered}
     for name in ("flux\\one.gguf", "flux/two.safetensors", "svdq-int4-flux.1-dev"):
         inputs = {file_input(node_id): name}
         assert NODES[node_id].validate_inputs(**inputs) is True

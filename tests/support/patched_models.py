@@ -39,7 +39,8 @@ LIMITS = {"int8_tensorwise": 0.03}
 
 @functools.cache
 def folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="featherweight")
+    # Windows removes no file that models still map
+    return tempfile.TemporaryDirectory(prefix="featherweight", ignore_cleanup_errors=True)
 
 
 def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
