@@ -71,6 +71,18 @@ class Run:
         )
 
 
+def link_or_copy(source: Path, path: Path):
+    """Makes a link to a file or folder, or a copy where the system makes none."""
+    with contextlib.suppress(OSError):  # Windows without the right to make links
+        path.symlink_to(source, target_is_directory=source.is_dir())
+    if path.exists():  # Wine says that it made one
+        return
+    if source.is_dir():
+        shutil.copytree(source, path, ignore=NOT_COPIED)
+    else:
+        shutil.copy(source, path)
+
+
 def end(process: subprocess.Popen, seconds: float = 10):
     """Asks a process to end, and ends it after some seconds."""
     process.terminate()
@@ -154,10 +166,7 @@ class Server:
         elif pack.is_dir():
             shutil.rmtree(pack)
         if self.with_pack:
-            with contextlib.suppress(OSError):  # Windows without the right to make links
-                pack.symlink_to(ROOT, target_is_directory=True)
-            if not pack.is_dir():  # Wine says that it made one
-                shutil.copytree(ROOT, pack, ignore=NOT_COPIED)
+            link_or_copy(ROOT, pack)
         for name, source in self.extra_custom_nodes.items():
             (custom_nodes / f"{name}.py").write_text(source, encoding="utf-8")
 

@@ -5,7 +5,7 @@ from pack_nodes import node_list
 
 from devtools import ROOT, demo
 from devtools.files import demo_files
-from devtools.host.server import PACK, Server
+from devtools.host.server import PACK, Server, link_or_copy
 
 OWN_LOADER = "FeatherweightLoadDiffusionModel"
 NODES = {node.GET_SCHEMA().node_id for node in node_list()}
@@ -38,7 +38,7 @@ def test_what_is_missing_turns_off_only_what_needs_it(part, server, tmp_path):
                            "Q8_0")
     late = tmp_path / "late"  # folders of a yaml come after those of the base
     late.mkdir()
-    (late / PACK).symlink_to(ROOT, target_is_directory=True)
+    link_or_copy(ROOT, late / PACK)
     (tmp_path / "paths.yaml").write_text(f"late:\n  custom_nodes: {late.as_posix()}\n")
     arguments = ["--extra-model-paths-config", str(tmp_path / "paths.yaml")]
     planted = {"changes_the_host": f"{change}\nNODE_CLASS_MAPPINGS = {{}}\n"}

@@ -6,7 +6,7 @@ import pytest
 from aged_host import host_of_version
 
 from devtools import ROOT
-from devtools.host.server import PACK, Server
+from devtools.host.server import PACK, Server, link_or_copy
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST, UPDATES, VERSION
 
 
@@ -27,7 +27,7 @@ def test_an_older_host_is_told_what_the_pack_needs(tmp_path):
 
 
 def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path):
-    (tmp_path / "pack").symlink_to(ROOT)
+    link_or_copy(ROOT, tmp_path / "pack")
     hidden = (f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
               " sys.modules['comfyui_version'] = None; import pack; ")
     found = subprocess.run([sys.executable, "-c", hidden + "print(pack.NODE_CLASS_MAPPINGS)"],
