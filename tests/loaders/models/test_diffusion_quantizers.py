@@ -6,7 +6,7 @@ import pytest
 import torch
 from patched_models import LIMIT, dense_of, error_by_effect, lora_for, patched, relative, run
 from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
@@ -59,7 +59,7 @@ def test_two_loras_are_exact(model):
 def change_bias(folder, change):
     """Changes a bias that is joined with others, and returns its name."""
     path = next(Path(folder).glob("*.safetensors"))
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     name = "single_transformer_blocks.0.attn.to_k.bias"
     tensors[name] = change(tensors[name])
     save_file(tensors, path)
