@@ -2,6 +2,7 @@
 host's nodes."""
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -240,7 +241,7 @@ KINDS = {
 
 def load_dense(path: str, monkeypatch):
     """Loads a file in a folder by the host's own node."""
-    folder, name = path.rsplit("/", 1)
+    folder, name = os.path.split(path)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "model_patches",
                         ([folder], {".safetensors"}))
     return nodes_model_patch.ModelPatchLoader().load_model_patch(name)[0]

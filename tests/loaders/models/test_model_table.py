@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, random_weights, shrunken_detection
 from model_table import FORMS, MODELS, NEWEST, assert_computes_as_dense, list_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
@@ -21,7 +21,7 @@ CASES = [
 
 
 def put_metadata(path, metadata):
-    save_file(load_file(path), path, metadata)
+    save_file(load(Path(path).read_bytes()), path, metadata)
 
 
 @pytest.mark.parametrize(("title", "form"), CASES)

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+from pathlib import Path
 
 import comfy.sd
 import comfy.utils
@@ -36,7 +37,7 @@ from patched_models import (
     tiny_flux,
 )
 from recipe_process import digest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from saving import save
 from user_kernels import kernels_of_this_machine
 
@@ -285,7 +286,7 @@ def test_of_a_checkpoint_the_model_is_packed_and_the_rest_stays(source, tmp_path
         name: values.half() if values.ndim else values for name, values in parts.items()
         if not name.startswith(MODEL)
     }
-    save_file(load_file(path) | others, path)
+    save_file(load(Path(path).read_bytes()) | others, path)
     found, clip, vae = load_checkpoint(path, pack_to="Q8_0")
     packed = [name for name, value in weights_of(found).items()
               if is_packed(value) and value.params.format is FORMATS["Q8_0"]]
@@ -317,7 +318,7 @@ def test_a_text_encoder_is_packed_with_its_table_of_tokens(name, source, tmp_pat
             key: torch.zeros(shape) for key, shape in encoder.markers.items() if key not in weights
         }
         seen = write(path, source, weights)
-        save_file(load_file(path) | dict(encoder.extra), path)
+        save_file(load(Path(path).read_bytes()) | dict(encoder.extra), path)
         clip = load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
                                  pack_to="Q8_0")
         held = {
@@ -357,7 +358,8 @@ def test_what_a_layer_multiplies_its_input_by_is_in_the_packed_weight(tmp_path):
     path, name = str(tmp_path / "smoothed.safetensors"), "single_blocks.0.linear2.weight"
     seen = write(path, "float8_e4m3fn", tiny_flux())
     smoothing = torch.rand(seen[name].shape[1]) + 0.5
-    save_file(load_file(path) | {name.replace("weight", "pre_quant_scale"): smoothing}, path)
+    more = {name.replace("weight", "pre_quant_scale"): smoothing}
+    save_file(load(Path(path).read_bytes()) | more, path)
     assert_same_bytes(
         weights_of(load_diffusion_model(path, pack_to="Q8_0"))[name], seen[name] * smoothing,
         "Q8_0")
