@@ -25,8 +25,15 @@ from ..ops.log import log
 from ..ops.patcher.residency import MemoryReport
 from .comfyui_server import log_lack, running_server
 
-JOINER = "\u2060"  # between two letters, no line is broken there
-LONG_WORD = 24  # characters that are kept in one line
+JOINER = "\u2060"  # has no width; what stands beside it is no markup
+# Where a name could be markup of the editor, which shows links and in one design Markdown. Nothing
+# else is marked, so that what is copied can be found.
+MARKUP = re.compile("|".join((
+    r"^(?=[ \t]*(?:[-+#=|:]|\d+[.)])| {4}|\t)",  # lists, titles, tables, code
+    r"(?<![^\W_])(?=_)|(?<=_)(?![^\W_])",  # emphasis
+    r"(?<=\])(?=[(\[:])|(?<=!)(?=\[)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=@)",  # links, images
+    r"(?<=\\)(?=[!-/:-@\[-_{-~])|(?<=&)(?=[#\w])")), re.MULTILINE | re.IGNORECASE)  # escapes
+LOOKALIKES = str.maketrans("<>*`~", "‹›∗‘∼")
 MAX_LENGTH = 20_000  # characters of a text
 LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
@@ -116,27 +123,10 @@ set_text_sender(functools.partial(text_sender, is_kept=False))
 
 
 def editor_text(text: str) -> str:
-    """Returns a text as the editor gets it: its words are kept whole, and its lines apart."""
-    return keep_words(without_markup(text)).replace("\n", LINE_BREAK)
-
-
-def without_markup(text: str) -> str:
-    """Escapes a text, whose names may come from files, for an editor that shows HTML and links."""
-    return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
-
-
-def keep_words(text: str) -> str:
-    """Joins the letters of words, because the editor breaks the lines of such a text anywhere.
-
-    In a longer word, such as the name of a tensor, lines are broken after dots, underscores and
-    slashes; in a part that is longer still, anywhere.
-    """
-    def joined(word: re.Match) -> str:
-        is_long = len(word[0]) > LONG_WORD
-        parts = re.split(r"(?<=[._/\\])", word[0]) if is_long else [word[0]]
-        return "".join(part if len(part) > LONG_WORD else JOINER.join(part) for part in parts)
-
-    return re.sub(r"\S+", joined, text)
+    """Returns a text as the editor gets it, which shows links, and in one design Markdown: names,
+    which may come from files, are no markup, and lines are lines."""
+    plain = text.translate(LOOKALIKES).replace("[[", "[ [")
+    return MARKUP.sub(JOINER, plain).replace("\n", LINE_BREAK)
 
 
 def loader_output(*notes: str | None, **parts) -> tuple:

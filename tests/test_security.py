@@ -22,7 +22,6 @@ from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models.checkpoint import _clip_type
 from featherweight.loaders.paths import folders
 from featherweight.nodes.inspect_model_file import InspectModelFile
-from featherweight.nodes.node_text import without_markup
 from featherweight.ops.bounded_json import read_json
 
 PROMISES = ROOT / "tests" / "security.md"
@@ -193,13 +192,6 @@ def test_no_script_of_the_editor_writes_html():
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|v-html",
             path.read_text(),
         )
-
-
-def test_a_text_from_a_file_is_no_markup_in_the_editor():
-    shown = without_markup(
-        "<img src=x onerror=alert(1)> [[here|https://example.org]] a.weight [2, 3]")
-    assert "<" not in shown and ">" not in shown and "[[" not in shown
-    assert "img src=x" in shown and "a.weight [2, 3]" in shown
 
 
 class Program:

@@ -27,7 +27,7 @@ from devtools import ROOT
 
 PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
-# What the pack's nodes put between the letters of a word, and what they end a line with.
+# What the pack's nodes put beside what could be markup, and what they end a line with.
 JOINER, LINE_BREAK = "\u2060", "  \n"
 # of the repository, in a copy of the pack
 NOT_COPIED = shutil.ignore_patterns(".dev", ".git", "demo_output", "__pycache__")

