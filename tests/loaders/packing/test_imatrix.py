@@ -1,6 +1,7 @@
 """An imatrix packs like a measurement with the same columns, whichever tool wrote it, damaged ones
 are refused in one sentence, and none is written."""
 import struct
+from pathlib import Path
 
 import folder_paths
 import numpy as np

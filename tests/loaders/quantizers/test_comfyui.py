@@ -450,8 +450,8 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
     shifted = bias + main.sum(1) * SHIFT if is_unsigned else bias
     assert (out["a.bias"] - shifted).abs().max() < 1e-6
     if is_unsigned:
-        save_file(tensors, path)
-        file = open_weights(path)
+        save_file(tensors, tmp_path / "without.safetensors")
+        file = open_weights(tmp_path / "without.safetensors")
         with pytest.raises(ValueError, match="svdquant_w4a4: act_unsigned needs a bias"):
             as_tensors(file, file.state_dict(), formats=READERS)
 
