@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import zlib
 
 import pytest
 from PIL import Image
@@ -57,6 +58,17 @@ def test_the_package_holds_nothing_of_the_developers():
     assert "takes less than 5 MB" in README
 
 
+@in_a_checkout
+def test_a_clone_of_the_last_commit_takes_what_readme_says():
+    """The files, and each as Git keeps it."""
+    files = [(ROOT / path).read_bytes() for path in tracked() if (ROOT / path).is_file()]
+    megabytes = sum(len(data) + len(zlib.compress(data)) for data in files) / 1e6
+    assert abs(int(re.search(r"by Git with its tests (\d+) MB", README)[1]) - megabytes) < 5
+    assert README.count("git clone --depth 1 --filter=blob:none ") == 2  # for those who use it
+    large = {path for path in tracked() if (ROOT / path).stat().st_size > 300_000}
+    assert {path.partition("/")[0] for path in large} == {"demo_model"}
+
+
 def test_the_version_is_semantic_and_heads_the_changelog():
     version = PROJECT["project"]["version"]
     assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)", version)
@@ -82,7 +94,7 @@ def test_icon_and_banner_have_the_shapes_that_the_registry_shows():
 
 def test_addresses_are_those_of_one_repository():
     repository = PROJECT["project"]["urls"]["Repository"]
-    assert f"git clone {repository}\n" in README
+    assert f"git clone --depth 1 --filter=blob:none {repository}\n" in README
     assert all(address.startswith(repository) for address in PROJECT["project"]["urls"].values())
     raw = repository.replace("https://github.com", "https://raw.githubusercontent.com") + "/main/"
     for key in ("Icon", "Banner"):
