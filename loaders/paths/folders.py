@@ -5,9 +5,10 @@ import glob
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -69,6 +70,20 @@ def register_folders():
         registered[key] = ([*directories, *missing], {*extensions, ".gguf"})
 
 
+def _once(function: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Has a list made once for all nodes that the host describes in one answer."""
+    @functools.wraps(function)
+    def listed(*keys, **options) -> list[str]:
+        name: Any = (function.__name__, keys, *options.values())  # the host has names of folders
+        found: Any = folder_paths.cache_helper.get(name)
+        if found is None:
+            found = function(*keys, **options)
+            folder_paths.cache_helper.set(name, found)
+        return [*found]
+    return listed
+
+
+@_once
 def list_files(*keys: str) -> list[str]:
     """Returns the model files in the folders of all `keys`, GGUF first, without duplicates.
 
@@ -93,6 +108,7 @@ def _exists(key: str, name: str) -> bool:
                for directory in folder_paths.get_folder_paths(key))
 
 
+@_once
 def list_model_folders(*keys: str, model_class: re.Pattern = DIFFUSION_MODEL) -> list[str]:
     """Returns the folders that hold one model with its `config.json`.
 
@@ -110,6 +126,7 @@ def list_model_folders(*keys: str, model_class: re.Pattern = DIFFUSION_MODEL) ->
     return sorted(names, key=str.lower)
 
 
+@_once
 def list_pipeline_folders(*keys: str) -> list[str]:
     """Returns the folders in the folders of all `keys` that hold a whole diffusers pipeline."""
     patterns = ("*/transformer/config.json", "*/unet/config.json", "*/*/transformer/config.json")

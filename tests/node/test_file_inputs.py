@@ -1,11 +1,15 @@
 """Inputs that name a file, of all nodes: when a file is missing, and when it has become another
 one."""
+import collections
 import contextvars
+import functools
 import json
+import os
 
 import folder_paths
 import pytest
 from comfy_api.latest import io
+from model_folders import use_empty_folders
 from prompt_errors import LINK, NODES, errors_by_node, input_errors, prompt_errors
 
 from featherweight.loaders.paths import folders
@@ -157,6 +161,29 @@ def test_the_host_describes_each_node(node_id):
             # as newer nodes have it, or as older ones
             offered = settings["options"] if kind == "COMBO" else kind
             assert offered == list(input.options)
+
+
+def test_a_description_of_all_nodes_reads_a_folder_once_for_each_list(tmp_path, monkeypatch):
+    use_empty_folders(tmp_path, monkeypatch, "vae_approx")
+    packages = tmp_path / "diffusion_models" / "packages"
+    for number in range(3):
+        (packages / str(number)).mkdir(parents=True)
+        (packages / str(number) / "config.json").write_text('{"_class_name": "DiT"}')
+        (packages / str(number) / "model.safetensors").touch()
+    read, scandir, map_file = collections.Counter(), os.scandir, folders.map_file
+
+    def counted(function, path):
+        read[str(path)] += 1
+        return function(path)
+
+    monkeypatch.setattr(os, "scandir", functools.partial(counted, scandir))
+    monkeypatch.setattr(folders, "map_file", functools.partial(counted, map_file))
+    with folder_paths.cache_helper:  # as ComfyUI does for its answer
+        for node in NODES.values():
+            node.GET_NODE_INFO_V1()
+    of_packages = {path: count for path, count in read.items() if path.startswith(str(packages))}
+    # the models of three keys, one of which has another's folder
+    assert len(of_packages) == 7 and max(of_packages.values()) <= 3
 
 
 def test_a_choice_named_like_a_folder_of_models_runs_nothing_again(tmp_path, monkeypatch):
