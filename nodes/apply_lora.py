@@ -29,7 +29,8 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        strength: dict[str, Any] = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        strength: dict[str, Any] = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01,
+                                    "optional": True}
         return io.Schema(
             node_id="FeatherweightApplyLora",
             display_name="Apply LoRA (Featherweight)",
@@ -70,6 +71,7 @@ class ApplyLora(io.ComfyNode):
                 io.String.Input(
                     "block_weights",
                     default="",
+                    optional=True,
                     multiline=True,
                     tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or"
                     " preset:no-text. Empty: the same strength for all blocks. The help page of"
@@ -80,6 +82,7 @@ class ApplyLora(io.ComfyNode):
                     [SKIP, ERROR],
                     RENAMED_MISFITS,
                     default=SKIP,
+                    optional=True,
                     display_name="if layers do not match",
                     tooltip="What to do if some layers of the LoRA do not match the model. skip:"
                     " apply the others. error: stop and name them. A LoRA without any matching"

@@ -71,12 +71,12 @@ def pack_to_input(what: str, fits: bool = False):
 
 
 def size_input(tooltip: str = "With mix for a size at pack to: how large the weights may be in"
-               " memory, in GB of 10^9 bytes; 6 by default.", is_extra: bool = True):
+               " memory, in GB of 10^9 bytes; 6 by default.", is_advanced: bool = True):
     """Returns the input for the size that is met with MIX.
 
     Args:
         tooltip: the text.
-        is_extra: whether it may be missing, and is among the advanced inputs.
+        is_advanced: whether it is among the advanced inputs.
     """
     return io.Float.Input(
         "size_gb",
@@ -84,8 +84,8 @@ def size_input(tooltip: str = "With mix for a size at pack to: how large the wei
         min=0.001,
         max=1000.0,
         step=0.001,
-        optional=is_extra,
-        advanced=is_extra,
+        optional=True,
+        advanced=is_advanced,
         display_name="size in GB",
         tooltip=tooltip,
     )

@@ -88,6 +88,7 @@ class LoadTextEncoder(io.ComfyNode):
                     "type",
                     options=[AUTOMATIC_TYPE, *encoder_types("CLIPLoader", "DualCLIPLoader")],
                     default=AUTOMATIC_TYPE,
+                    optional=True,
                     tooltip="The model the text is encoded for. automatic: the one that these text"
                     " encoders belong to; if several use the same, an error lists the types to"
                     " choose from.",

@@ -80,16 +80,18 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Int.Input(
                     "samples",
                     default=SamplingRun.samples,
+                    optional=True,
                     min=1,
                     max=1024,
                     tooltip="How many images are generated, 8 by default; the prompts take turns."
                     " More than 64 gain little.",
                 ),
-                io.Int.Input("steps", default=SamplingRun.steps, min=1, max=200,
+                io.Int.Input("steps", default=SamplingRun.steps, min=1, max=200, optional=True,
                              tooltip="Steps of each image."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
+                    optional=True,
                     min=1.0,
                     max=30.0,
                     step=0.1,
@@ -98,6 +100,7 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Int.Input(
                     "seed",
                     default=0,
+                    optional=True,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
@@ -108,6 +111,7 @@ class MeasureSensitivity(io.ComfyNode):
                     (*CHOICES, WHILE_GENERATING),
                     RENAMED_EFFORTS,
                     default=NORMAL,
+                    optional=True,
                     display_name="effort",
                     tooltip="How the cost of packing a layer is measured. normal: by its effect on"
                     " the model's output. fast: by the layer's own error, which takes less time and"
@@ -117,6 +121,7 @@ class MeasureSensitivity(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="%model%",
+                    optional=True,
                     tooltip="The file's name in output/sensitivity. %model% stands for the name of"
                     " the model.",
                 ),
@@ -146,7 +151,8 @@ class MeasureSensitivity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
+    def execute(cls, model, samples=(SamplingRun.samples,), steps=(SamplingRun.steps,), cfg=(1.0,),
+                seed=(0,), thoroughness=(NORMAL,), name=("%model%",), positive=(), negative=(),
                 latent=(), imatrix=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
         model = model[0]

@@ -36,6 +36,7 @@ class PackModel(io.ComfyNode):
                     "pack_to",
                     options=[FIT, *TYPES, MIX],
                     default=FIT,
+                    optional=True,
                     display_name="pack to",
                     tooltip="What the large weights become (minutes, once). Start with fit this"
                     " GPU. Weights that are packed already, as of a GGUF, stay so, unless they must"

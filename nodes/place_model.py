@@ -28,6 +28,7 @@ def placing_inputs(what: str, values: str) -> list:
         io.Float.Input(
             "gpu_weights",
             default=AUTOMATIC,
+            optional=True,
             min=AUTOMATIC,
             max=ALL,
             step=0.1,

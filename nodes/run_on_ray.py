@@ -62,6 +62,7 @@ class RunOnRay(io.ComfyNode):
                 io.Int.Input(
                     "count",
                     default=4,
+                    optional=True,
                     min=1,
                     max=10000,
                     tooltip="How many jobs to run. Each job adds 1 to the seeds before this node;"
@@ -125,7 +126,7 @@ class RunOnRay(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0
+        cls, images, count=4, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0
     ) -> io.NodeOutput:
         try:
             return cls._run(images, count, texts, address, workers, idle_minutes)

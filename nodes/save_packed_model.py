@@ -103,6 +103,7 @@ class SavePackedModel(io.ComfyNode):
                     OFFERED,
                     RENAMED_SAVE_TYPES,
                     default="Q4_K",
+                    optional=True,
                     tooltip="The type of the large matrices; parts that must stay exact do so. Up"
                     " to Q2_K the file is a GGUF, with NF4 safetensors. keep types: each weight"
                     " keeps its type. mix for a size: the best mix of types for the size in GB. The"
@@ -110,10 +111,11 @@ class SavePackedModel(io.ComfyNode):
                     " that ComfyUI loads by itself.",
                 ),
                 size_input("With mix for a size: the largest size the file may have, in GB of 10^9"
-                           " bytes; 6 by default.", is_extra=False),
+                           " bytes; 6 by default.", is_advanced=False),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
+                    optional=True,
                     display_name="file name",
                     tooltip="Folder and name. The type, a number and .gguf or .safetensors are"
                     " added. %model% is the file of the model; %date:yyyy-MM-dd% and"
@@ -123,6 +125,7 @@ class SavePackedModel(io.ComfyNode):
                     "folder",
                     options=[OUTPUT, MODELS],
                     default=OUTPUT,
+                    optional=True,
                     tooltip="output: ComfyUI's output folder. Files in its diffusion_models and"
                     " text_encoders are listed among the models. models: the model folders; the"
                     " name begins with one of them.",
@@ -132,6 +135,7 @@ class SavePackedModel(io.ComfyNode):
                     [KEEP_QUALITY, KEEP_SIZE],
                     RENAMED_LORAS,
                     default=KEEP_QUALITY,
+                    optional=True,
                     display_name="LoRAs on packed weights",
                     tooltip="For LoRAs on a model that is packed already. keep LoRA quality"
                     " (larger): the weights they change take Q6_K or more. keep the size: they take"
@@ -140,6 +144,7 @@ class SavePackedModel(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
+                    optional=True,
                     tooltip="Adds no number and replaces a file of the same name. Otherwise nothing"
                     " is ever overwritten.",
                 ),

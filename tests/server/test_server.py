@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from pack_nodes import current_nodes, ids_in_source
+from safetensors.torch import save_file
 
-from devtools import demo
+from devtools import demo, llms_text
 from devtools.files import demo_files
 from devtools.host.server import PACK
 from featherweight.ops.layers import int8
@@ -27,6 +28,35 @@ def test_every_node_is_registered(server):
     }
     assert demo.LOADER in registered
     assert registered == set(ids_in_source())
+
+
+# what the prompts of llms.txt name -> what the demo has
+DEMO = {
+    "z_image_turbo-Q4_K_M.gguf": demo.MODEL_NAME,
+    "z_image_turbo_bf16.safetensors": "dense.safetensors",
+    "qwen_3_4b.safetensors": demo_files.ENCODER_NAME, "ae.safetensors": demo_files.VAE_NAME,
+    "lora.safetensors": demo_files.LORAS["ink"]
+}
+
+
+@pytest.mark.parametrize("task", llms_text.prompts())
+def test_a_prompt_of_llms_txt_runs(task, server):
+    path = server.base / "models" / "diffusion_models" / "dense.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in demo_files.flux().items()}, path)
+    prompt = llms_text.prompts()[task]
+    for node in prompt.values():
+        node["inputs"] |= {name: DEMO[value] for name, value in node["inputs"].items()
+                           if isinstance(value, str) and value in DEMO}
+        node["inputs"] |= {name: 128 for name in ("width", "height") if name in node["inputs"]}
+    # CLIP-L alone is of several models, Qwen3 4B of one
+    if "2" in prompt and prompt["2"]["class_type"] == "FeatherweightLoadTextEncoder":
+        prompt["2"]["inputs"]["type"] = "stable_diffusion"
+    run = server.queue(prompt)
+    if task == "save a packed model":
+        assert "ComfyUI_Q4_K_00001_.gguf" in "".join(run.texts["2"])
+    else:
+        assert server.pixels(run).std(axis=(0, 1)).min() > 5
+    path.unlink()
 
 
 @pytest.mark.parametrize("node_id", [node.GET_SCHEMA().node_id for node in current_nodes()])
