@@ -7,6 +7,9 @@ files alone, and the others have them behind what they load. All words that are 
 alias, in any order, so a phrase is one of its own; those of the others begin with no family. Each
 alias with a word makes its node come nearer to the first.
 """
+from ..loaders.encoders.encoder_sets import TITLES
+from ..loaders.families import FAMILIES as OF_FILES
+
 FAMILIES = (
     "gguf",
     "nf4",
@@ -39,6 +42,18 @@ OF_ENCODERS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)",
 OF_CHECKPOINTS = ("checkpoint loader nf4", "checkpoint loader gguf")
 OF_SAVING = ("convert to gguf", "quantize gguf converter")
 OF_PLACING = ("memory", "gpu memory", "multigpu loader", "distorch2")
+
+
+FIRST_WORDS = {model.name.split()[0].lower() for family in OF_FILES for model in family.models}
+# such as flux.1 and flux, and the kinds of text encoders
+MODELS = sorted(FIRST_WORDS | {word.partition(".")[0] for word in FIRST_WORDS})
+ENCODERS = sorted({key.lower().partition("_")[0] for key in TITLES})
+FORMATS = "gguf nf4 fp8"  # behind such a name: the editor finds nothing after 30 letters
+OF_MODELS += (*(f"{name} {FORMATS}" for name in MODELS),
+              *(f"{size}gb vram" for size in (6, 8, 10, 12, 16, 24, 32)),
+              "out of memory", "oom", "black image")
+# with more of them this node would come first for nf4 and fp8
+OF_ENCODERS += tuple(f"{name} gguf" for name in ENCODERS)
 
 
 def family_aliases(part: str = "") -> list[str]:

@@ -47,6 +47,8 @@ from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
 from featherweight.nodes.search_words import (
+    FORMATS,
+    MODELS,
     OF_CHECKPOINTS,
     OF_ENCODERS,
     OF_MODELS,
@@ -662,7 +664,8 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
     model, text_encoder, controlnet, save, apply = map(TITLES_OF_OURS.get, (
         "Load Diffusion Model", "Load Text Encoder", "Load ControlNet", "Save Packed Model",
         "Apply LoRA"))
-    wanted = dict.fromkeys(["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
+    wanted = dict.fromkeys(
+        ["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
     # ComfyUI's own nodes come first whose titles have the word, or one like it and are used more
     behind_others = {
         "int8": model, "unet": model, "clip loader": text_encoder, "quantize": save,
@@ -718,6 +721,10 @@ def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
             "nunchaku text encoder loader")),
             ("Save Packed Model", ("gguf converter", "convert gguf", "quantize gguf"))):
         wanted |= dict.fromkeys(phrases, TITLES_OF_OURS[title])
+    wanted |= dict.fromkeys(
+        ("8gb", *(f"{name} {random.choice(FORMATS.split())}" for name in MODELS)),
+        TITLES_OF_OURS["Load Diffusion Model"])
+    wanted["gguf t5"] = TITLES_OF_OURS["Load Text Encoder"]
     found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted])})")
     assert {phrase: titles[:3] for phrase, titles in found.items()
             if wanted[phrase] not in titles[:3]} == {}
