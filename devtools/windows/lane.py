@@ -5,8 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tomllib
@@ -110,13 +111,18 @@ def run(*arguments: str, folder: Path = ROOT, python: Path = LANE / "python" / "
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, cwd=folder,
                                env={**environment(), **variables})
-    assert process.stdout is not None
-    with process:
-        for line in process.stdout:
-            if b"Read access denied for device" not in line:
-                sys.stdout.buffer.write(line)
-                sys.stdout.flush()
+    shown = threading.Thread(target=_show, args=(process.stdout,), daemon=True)
+    shown.start()
+    process.wait()
+    shown.join(5)  # what it has started may hold the pipe longer
     return process.returncode
+
+
+def _show(lines: Iterable[bytes]):
+    for line in lines:
+        if b"Read access denied for device" not in line:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
 
 
 def environment() -> dict[str, str]:

@@ -121,10 +121,10 @@ def check_faults(name: str, seed: int, count: int, tmp_path: Path):
     path, chance = stored.path, random.Random(seed)
     model, patcher = load(str(path))
     assert load_notes(patcher) == ()
-    values = weights_of(model)
+    values = {key: value.clone() for key, value in weights_of(model).items()}
     silent: list[str] = []
     for done, *parts in faults_of(stored, chance, count):
-        model = patcher = None
+        model = patcher = found = None
         if sys.platform == "win32":  # which writes over no file that a model maps
             gc.collect()
         stored.write(*parts)
