@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from pack_nodes import current_nodes
 
 from devtools import ROOT
-from featherweight.loaders.models.compute_choice import BY_COMPUTE
+from featherweight.loaders.comfyui.compute import BY_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
 from featherweight.nodes import OWN_PREFIX
 

@@ -1,9 +1,9 @@
 """The node Load Checkpoint (GGUF, Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.comfyui.compute import AUTOMATIC, EXACT
 from ..loaders.models.checkpoint import load_checkpoint
-from ..loaders.models.compute_choice import computing, faster_type_text
+from ..loaders.models.fit_device import faster_type_text
 from ..loaders.paths.folders import (
     embedding_folders,
     find_file,
@@ -82,18 +82,17 @@ class LoadCheckpoint(io.ComfyNode):
     def execute(
         cls,
         checkpoint_name,
-        compute="exact",
+        compute=EXACT,  # of prompts from before 0.2.2; new nodes send their default
         disable_dynamic_vram=False,
         pack_to=NO_CHANGE,
         host_formats=AUTOMATIC,
         size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
-        arithmetic, host_formats = computing(compute, host_formats)
         model, clip, vae = load_checkpoint(
             path,
             embedding_folders(),
-            compute=arithmetic,
+            compute=compute,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to, size_gb),
             host_formats=host_formats,

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 
 from ..loaders.byte_sizes import GB
-from ..loaders.comfyui.who_computes import AUTOMATIC
-from ..loaders.container.weight_file import WeightFileError
-from ..loaders.models.compute_choice import (
+from ..loaders.comfyui.compute import (
+    AUTOMATIC,
     BY_COMPUTE,
     COMPUTE_CHOICES,
+    EXACT,
     HOST_FORMATS_CHOICES,
-    computing,
-    faster_type_text,
 )
+from ..loaders.container.weight_file import WeightFileError
 from ..loaders.models.diffusion import load_diffusion_model
-from ..loaders.models.fit_device import FIT
+from ..loaders.models.fit_device import FIT, faster_type_text
 from ..loaders.models.pack_on_load import TYPES, PackTo
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from .added_inputs import added_combo
@@ -204,7 +203,7 @@ class LoadDiffusionModel(io.ComfyNode):
     def execute(
         cls,
         model_name,
-        compute="exact",
+        compute=EXACT,  # of prompts from before 0.2.2; new nodes send their default
         disable_dynamic_vram=False,
         pack_to=NO_CHANGE,
         host_formats=AUTOMATIC,
@@ -212,10 +211,9 @@ class LoadDiffusionModel(io.ComfyNode):
         size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:
         extra = picked_module(module_name)
-        arithmetic, host_formats = computing(compute, host_formats)
         model = load_diffusion_model(
             find_file(model_name, *FOLDERS),
-            compute=arithmetic,
+            compute=compute,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to, size_gb),
             host_formats=host_formats,

@@ -3,9 +3,8 @@ import re
 
 from comfy_api.latest import io
 
-from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.comfyui.compute import AUTOMATIC, CHOICES_OF_SIDE_MODELS
 from ..loaders.models.clip_vision import load_clip_vision
-from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS
 from ..loaders.models.controlnet import load_controlnet
 from ..loaders.models.model_patch import load_model_patch
 from ..loaders.paths.folders import (

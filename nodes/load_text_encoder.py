@@ -1,9 +1,8 @@
 """The node Load Text Encoder (GGUF, Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.comfyui.compute import AUTOMATIC, CHOICES_OF_SIDE_MODELS
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS, computing
 from ..loaders.models.text_encoder import AUTO, AUTOMATIC_TYPE, load_text_encoder
 from ..loaders.paths.folders import (
     ENCODER,
@@ -152,10 +151,9 @@ class LoadTextEncoder(io.ComfyNode):
         else:
             vision = find_file(mmproj, *FOLDERS)
         device, note = find_device(device)
-        arithmetic, host_formats = computing(compute, host_formats)
         clip = load_text_encoder(
             paths, type, embedding_folders(), vision,
-            compute=arithmetic,
+            compute=compute,
             host_formats=host_formats,
             pack_to=packed_type(pack_to, size_gb),
             disable_dynamic=disable_dynamic_vram,

@@ -27,7 +27,7 @@ from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
 from devtools.workflows.workflow import Workflow
-from featherweight.loaders.comfyui.who_computes import host_multiplies
+from featherweight.loaders.comfyui.compute import host_multiplies
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES

@@ -20,7 +20,7 @@ from demo_model import scenes
 from devtools import markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files, ggml_quantiser
-from featherweight.loaders.comfyui.who_computes import EXACT
+from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import PACKED_TYPES, safetensors_writer

@@ -5,14 +5,14 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ...ops.layers import kitchen_products
+from ...ops.layers import AUTOMATIC, FAST, kitchen_products
 from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.log import log
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..container.weight_file import FileChangeGuard, WeightFile
-from .compute_dtype import choose_compute
+from .compute import choose_compute
 from .model_summary import log_load_summary
 
 
@@ -22,14 +22,14 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     Args:
         patcher: the host's; it is changed in place.
         file: the file that the weights were read from.
-        compute: one of `compute_dtype.COMPUTE`; a warning is logged where "int8" is not had.
+        compute: a key of `WHO_COMPUTES`; a warning is logged where FAST is not had.
     """
     log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
-    if compute == "automatic":
+    if compute == AUTOMATIC:
         choose_kitchen_products(patcher)
     keep_packed(patcher)
-    if compute == "int8":
+    if compute == FAST:
         why = kitchen_products.why_not_fast(patcher.load_device,
                                             patcher.model.get_dtype_inference())
         if why:
@@ -42,7 +42,7 @@ def choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
     for layer in patcher.model.modules():
         if isinstance(layer, PackedLinear) and is_packed(layer.weight) and kitchen_products.runs(
                 layer.weight.params.format, patcher.load_device, dtype):
-            layer.compute = "int8"
+            layer.compute = FAST
 
 
 class PackedCLIP(comfy.sd.CLIP):

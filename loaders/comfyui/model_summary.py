@@ -17,7 +17,7 @@ from ..container.weight_file import WeightFile
 from ..files.safetensors import SafetensorsFile
 from ..quantizers.bitsandbytes import formats_in
 from ..quantizers.nunchaku import has_nunchaku_weights
-from .who_computes import host_multiplies
+from .compute import host_multiplies
 
 PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 PACK_STATS_KEY = "featherweight_packed"  # attachment of a patcher: its `pack_on_load.PackStats`

@@ -15,13 +15,13 @@ from ...ops.bounded_json import read_json
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.compute import EXACT, packed_formats
 from ..comfyui.detection import UNKNOWN_MODEL, explain_build_errors, try_detect
 from ..comfyui.keep_packed import wrap_clip, wrap_model
 from ..comfyui.load_check import bytes_of, check_load, patcher_of
 from ..comfyui.quantized_weights import as_tensors, host_metadata
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import model_prefix
-from ..comfyui.who_computes import packed_formats
 from ..comfyui.wrong_kind import VAE_PREFIXES, reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError, map_file, safe_repr
 from ..devices import device_options
@@ -155,7 +155,7 @@ def _load_folder(path: str, asked: LoadOptions, for_host: dict[str, Any]):
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if for_host["output_clip"] and encoders:
         as_stored = replace(asked, model_options=for_host["te_model_options"], pack_to=None,
-                            compute="exact")
+                            compute=EXACT)
         clip = load_text_encoder(encoders, _clip_type(path, len(encoders)),
                                  for_host["embedding_directory"], **vars(as_stored))
     if for_host["output_vae"]:

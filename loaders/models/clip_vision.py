@@ -6,9 +6,9 @@ import comfy.clip_vision
 import torch
 
 from ...ops.tensor.row_slicing import dense, take_rows
+from ..comfyui.compute import AUTOMATIC
 from ..comfyui.keep_packed import keep_packed
 from ..comfyui.layer_classes import names_with_layers, rebind
-from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CLIP_VISION
 from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
@@ -35,7 +35,7 @@ def load_clip_vision(path: str, pack_to: PackTo | None = None,
     Args:
         path: of a file or a folder of transformers.
         pack_to: see `PackTo`; plain weights are packed to it as they are read.
-        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
+        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known CLIP vision model.

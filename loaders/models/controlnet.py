@@ -10,10 +10,9 @@ import comfy.model_management
 import torch
 
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.compute_dtype import follows_model, guided_dtypes
+from ..comfyui.compute import AUTOMATIC, follows_model, guided_dtypes
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.keep_packed import keep_packed
-from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
@@ -39,7 +38,7 @@ def load_controlnet(path: str, pack_to: PackTo | None = None,
         path: of a file or a folder of diffusers.
         pack_to: see `PackTo`; plain weights are packed to it as they are read, but
             not those of T2I-Adapters and Control-LoRAs.
-        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
+        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose

@@ -13,6 +13,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
+from ..comfyui.compute import EXACT, packed_formats
 from ..comfyui.detection import (
     DETECTION_ERRORS,
     UNKNOWN_MODEL,
@@ -41,7 +42,6 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
-from ..comfyui.who_computes import EXACT, packed_formats
 from ..comfyui.wrong_kind import reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError
 from ..devices import CPU

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 
+from ...ops.layers import kitchen_products
+from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import GB, size_text
+from ..comfyui.compute import AUTOMATIC, FAST, host_multiplies, packed_formats
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
-from ..comfyui.who_computes import AUTOMATIC, packed_formats
 from ..container.weight_file import WeightFileError
+from ..devices import total_memory
 from ..name_lists import join_some
 from ..packing.calibration.measure import usual_steps
 from ..packing.layer_losses import measuring_advice
 from ..packing.planning.fit import (
     FAST_FORMAT,
+    FAST_TYPE,
     FLOOR,
     Choice,
     Memory,
@@ -36,7 +41,8 @@ from ..packing.planning.fit import (
     step_tokens,
 )
 from ..packing.planning.plan import DIGITS, relative_error
-from ..packing_rules import Shapes
+from ..packing_rules import Shapes, bytes_in_file
+from ..quantizers.comfyui import row_type_of
 from .pack_on_load import PackedFrom, PackTo, measurement_of
 
 FIT = "fit this GPU"  # in place of a type to pack to
@@ -119,6 +125,26 @@ def loaded_targets(file: PackedFrom, stored: Mapping[str, torch.Tensor], shapes:
     weights = Weights.of(shapes, stored, measured.costs if measured else None, fixed)
     formats = packed_formats(AUTOMATIC, device)
     return _model_targets(FIT, [file.name], [weights], device, config, FAST_FORMAT not in formats)
+
+
+def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
+    """Returns a sentence on a type of `pack to` that is faster than "fast" is; None for none.
+
+    Args:
+        patcher: the host's, of a model that was loaded with `compute`.
+        compute: one of `COMPUTE_CHOICES`.
+    """
+    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
+    if (compute != FAST or not host_multiplies(FAST_FORMAT, device)
+            or kitchen_products.why_not_fast(device, dtype)):
+        return None
+    weights = [weight for weight in patcher.model.diffusion_model.parameters()
+               if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
+    size = sum(bytes_in_file(FAST_TYPE, tuple(weight.shape)) for weight in weights)
+    if not weights or size > total_memory(device):
+        return None
+    return (f"With {FAST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
+            " which is faster than fast is with this file.")
 
 
 def _model_targets(pack_to: PackTo | None, paths: Sequence[str], files: Sequence[Weights],

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..comfyui.who_computes import AUTOMATIC
+from ..comfyui.compute import AUTOMATIC, EXACT, computing
 from ..recipe import Recipe
 from .pack_on_load import PackTo
 
@@ -15,8 +15,7 @@ class LoadOptions:
     """How a model, a checkpoint or a text encoder is to be loaded.
 
     Attributes:
-        compute: one of `compute_dtype.COMPUTE`.
-        host_formats: one of `who_computes.HOST_FORMATS`.
+        compute, host_formats: see `computing`, whose results they become.
         pack_to: what plain weights are packed to as they are read: see `PackTo`, or FIT. None: they
             stay as in the file.
         disable_dynamic: keep the model out of dynamic VRAM.
@@ -24,11 +23,15 @@ class LoadOptions:
             host's own loader.
     """
 
-    compute: str = "exact"
+    compute: str = EXACT
     host_formats: str = AUTOMATIC
     pack_to: PackTo | None = None
     disable_dynamic: bool = False
     model_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        compute, host_formats = computing(self.compute, self.host_formats)
+        vars(self).update(compute=compute, host_formats=host_formats)
 
     @property
     def device(self) -> torch.device | None:

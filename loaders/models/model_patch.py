@@ -6,9 +6,8 @@ import comfy.model_patcher
 import torch
 
 from ...ops.tensor.row_slicing import dense
-from ..comfyui.compute_dtype import guided_dtypes
+from ..comfyui.compute import AUTOMATIC, guided_dtypes
 from ..comfyui.layer_classes import names_with_layers, rebind
-from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import MODEL_PATCH
 from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
@@ -24,7 +23,7 @@ def load_model_patch(path: str, pack_to: PackTo | None = None,
     Args:
         path: of a file or a folder of diffusers.
         pack_to: see `PackTo`; plain weights are packed to it as they are read.
-        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
+        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known model patch.

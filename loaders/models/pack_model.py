@@ -27,6 +27,7 @@ from ...ops.tensor.packed_layout import (
     safe_detach,
 )
 from ...ops.tensor.packed_tensor import relabel
+from ..comfyui.compute import EXACT, FLOAT32
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
@@ -303,7 +304,7 @@ def _packed_copy(patcher, file: _Model, pack_to: PackTo, rounded: Mapping[str, i
     notes = [*told, *_coarse_weights(file)]
     made.set_attachments(NOTES_KEY, tuple(f"{file.name}: {note}" for note in notes))
     load, *_ = getattr(patcher, "cached_patcher_init", None) or (None,)
-    if not isinstance(load, Recipe) or load.options.get("compute") not in ("exact", "float32"):
+    if not isinstance(load, Recipe) or load.options.get("compute") not in (EXACT, FLOAT32):
         choose_kitchen_products(made)
     return made, stats
 

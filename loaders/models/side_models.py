@@ -14,6 +14,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ...ops.packing.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
+from ..comfyui.compute import AUTOMATIC, EXACT, computing, packed_formats
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
 from ..comfyui.keep_packed import keep_packed
 from ..comfyui.load_check import bytes_of, check_load
@@ -25,14 +26,12 @@ from ..comfyui.quantized_weights import (
     read_marked,
 )
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
 from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
 from ..quantizers.comfyui_marks import MARK
-from .compute_choice import BY_COMPUTE, computing
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, PackTo, pack_weights
 
@@ -92,7 +91,7 @@ def load_side_model(path: str, kind: Kind, pack_to: PackTo | None = None,
         path: of a file or folder.
         kind: of the model.
         pack_to: see `PackTo`; plain weights are packed to it as they are read.
-        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`. With "automatic" the host's own
+        compute: one of `compute.CHOICES_OF_SIDE_MODELS`. With "automatic" the host's own
             formats in a file are computed exactly, but those that it is packed to as for models.
 
     Returns:
@@ -102,7 +101,7 @@ def load_side_model(path: str, kind: Kind, pack_to: PackTo | None = None,
         WeightFileError: if the file cannot be read, is of another kind or of sizes that do not fit.
     """
     device: Any = comfy.model_management.get_torch_device()
-    arithmetic, host_formats = computing(compute, BY_COMPUTE)
+    how, host_formats = computing(compute)
     if compute == AUTOMATIC and pack_to not in ROW_TYPES:
         host_formats = EXACT
     formats = packed_formats(EXACT, device)
@@ -125,7 +124,7 @@ def load_side_model(path: str, kind: Kind, pack_to: PackTo | None = None,
     def build_of(weights: dict[str, torch.Tensor]) -> Any:
         with dequantize_plain_parameters():
             return _build(name, kind, stand_ins | weights, host_metadata(file),
-                          operations_for(weights, compute=arithmetic), file.notes)
+                          operations_for(weights, compute=how), file.notes)
 
     model = None
     if host_formats != EXACT:

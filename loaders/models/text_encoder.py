@@ -12,6 +12,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
+from ..comfyui.compute import packed_formats
 from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import (
     UNKNOWN_ERRORS,
@@ -23,7 +24,6 @@ from ..comfyui.keep_packed import wrap_clip
 from ..comfyui.load_check import check_load
 from ..comfyui.quantized_weights import in_parts
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.who_computes import packed_formats
 from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import WeightFileError, model_name
 from ..encoders.arch import SENTENCEPIECE, Weights

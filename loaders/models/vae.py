@@ -22,7 +22,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.compute_dtype import vae_dtype
+from ..comfyui.compute import EXACT, FLOAT32, vae_dtype
 from ..comfyui.keep_packed import guard_of
 from ..comfyui.weight_keys import unmerge_kernels
 from ..container.weight_file import FileChangeGuard
@@ -46,13 +46,13 @@ class GuardedVAE(comfy.sd.VAE):
         self.guard()  # the host calls this before it encodes or decodes
 
 
-def wrap_vae(vae: Any, compute: str = "exact") -> Any:
+def wrap_vae(vae: Any, compute: str = EXACT) -> Any:
     """Guards the files that a VAE's weights are mapped from, downcasts the weights where that is
     exact, and makes it compute as fits a CPU; changes and returns `vae`.
 
     Args:
         vae: the host's.
-        compute: one of `compute_dtype.COMPUTE`.
+        compute: a key of `compute.WHO_COMPUTES`.
     """
     model = vae.first_stage_model
     if model is None:
@@ -67,7 +67,7 @@ def wrap_vae(vae: Any, compute: str = "exact") -> Any:
     if packed_layers:
         adopt(vae.patcher).model.packed_patches.dtypes = (vae.vae_dtype,)
         prepare_kernels(vae.patcher, makes_room=True)
-    if compute == "float32":
+    if compute == FLOAT32:
         for layer in packed_layers:
             layer.compute = compute
     elif not packed_layers:  # which have their channels last by themselves
@@ -103,13 +103,13 @@ def downcast_weights(vae: comfy.sd.VAE):
                 break
 
 
-def load_vae(path: str, device: torch.device | None = None, compute: str = "exact") -> comfy.sd.VAE:
+def load_vae(path: str, device: torch.device | None = None, compute: str = EXACT) -> comfy.sd.VAE:
     """Loads a VAE from a file or folder and keeps its packed weights packed.
 
     Args:
         path: of a file or folder.
         device: where the VAE runs; None: the host's choice.
-        compute: one of `compute_dtype.COMPUTE`.
+        compute: a key of `compute.WHO_COMPUTES`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known VAE.

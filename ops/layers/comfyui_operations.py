@@ -11,6 +11,7 @@ import comfy.ops
 
 from ..pickle_names import stable_pickle_name
 from ..tensor.packed_layout import is_packed
+from . import EXACT, FAST, INT8
 from .comfyui_quantized import MixedEmbedding, MixedLinear
 from .fused_calls import keep_forward
 from .packed_layers import (
@@ -30,7 +31,7 @@ OF_HOST_FORMATS = ("factory_kwargs", "tensor_class", "quant_format", "layout_typ
 
 
 def packed_operations(mixed: bool | str = False, full_precision: bool = False,
-                      compute: str = "exact") -> type:
+                      compute: str = EXACT) -> type:
     """Returns a class for the host's `custom_operations`, the same one for the same arguments.
 
     Args:
@@ -40,7 +41,7 @@ def packed_operations(mixed: bool | str = False, full_precision: bool = False,
         compute: see `PackedLayer`.
     """
     keep_forward()
-    return _operations(mixed, full_precision, compute)
+    return _operations(mixed, full_precision, FAST if compute == INT8 else compute)
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def _operations(mixed: bool | str, full_precision: bool, compute: str) -> type:
 
 
 def operations_for(keys: Iterable[str], full_precision: bool = False,
-                   compute: str = "exact") -> type:
+                   compute: str = EXACT) -> type:
     """Returns `packed_operations` for a state dict.
 
     Args:

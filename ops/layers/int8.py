@@ -1,4 +1,4 @@
-"""`compute = "int8"` on a CPU: integer products, faster than `product.linear`, less exact.
+"""FAST products on a CPU: of integers, faster than `product.linear`, less exact.
 
 x W^T = (x R) (W R)^T, both operands rotated and in int8 codes with one scale a row (see
 `int8_codes`). The weight is encoded again for each product. The low-rank branch stays in float, on

@@ -6,6 +6,7 @@ import torch
 
 from .. import kernels
 from ..tensor.packed_layout import is_packed
+from . import FAST
 from .cpu_attention import attention
 from .packed_layers import Embedding, MoEExperts, PackedConv2d, PackedLayer, PackedLinear
 
@@ -42,9 +43,9 @@ def _needed_by(layer: PackedLayer, dtype: torch.dtype) -> Iterator[kernels.Need]
         yield "dequantize", packed_format, dtype
         if isinstance(layer, MULTIPLYING):
             yield "linear", packed_format, dtype
-        if layer.compute == "int8":
+        if layer.compute == FAST:
             yield "int8_rows", packed_format, torch.int8
-    if layer.compute == "int8":
+    if layer.compute == FAST:
         yield "int8_tokens", None, dtype
     if isinstance(layer, PackedConv2d):
         yield "channels_last", None, dtype

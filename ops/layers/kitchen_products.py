@@ -1,4 +1,4 @@
-"""`compute = "int8"`: products by comfy_kitchen's kernels.
+"""FAST products by comfy_kitchen's kernels.
 
 SVDQuant's quantise the input of a layer to 4 bits too, as Nunchaku's do, and add the low rank in
 the same call, to which the LoRAs of the layer belong. SVDQuant and AWQ weights are multiplied as
@@ -36,7 +36,7 @@ from ..formats.svdquant import (
 )
 from ..kernels import int8_codes
 from ..low_rank import LowRank, Slice
-from . import int8, workspace
+from . import AUTOMATIC, FAST, int8, workspace
 from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
@@ -138,9 +138,9 @@ def used(packed_format: Format, device: torch.device, dtype: torch.dtype, comput
         dtype: of its input.
         compute: of the layer, see `PackedLayer`.
     """
-    if compute not in (INT8, "automatic") or packed_format.plain_dtype:
+    if compute not in (FAST, AUTOMATIC) or packed_format.plain_dtype:
         return Used()
-    if compute == "automatic":
+    if compute == AUTOMATIC:
         return Used(why_exact=why_off(packed_format, device, dtype))
     name = product_of(packed_format) or INT8
     if _backend(name, device, dtype):

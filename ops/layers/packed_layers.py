@@ -25,7 +25,7 @@ from ..tensor.packed_layout import (
 )
 from ..tensor.packed_tensor import relabel
 from ..tensor.row_slicing import take_rows, without_padding
-from . import cpu_convolution, product
+from . import EXACT, FAST, INT8, cpu_convolution, product
 from .autocast import autocast_input
 from .fused_calls import FusedCall, keep_forward, known_arguments
 from .rounded_sum import add_small
@@ -59,15 +59,15 @@ class PackedLayer(_HostLayer):
     """Base of the packed layers: a mixin before one of the host's layer classes.
 
     Attributes:
-        compute: "exact" or "automatic", or "int8" for linear layers that multiply integers where
-            they can, by `kitchen_products` or `int8`.
+        compute: FAST for linear layers that multiply integers where they can, by
+            `kitchen_products` or `int8`. All others are exact.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         is_table: whether ComfyUI may read the weight past the layer, with no product.
         lora: the layer's patches, set and cleared by the patcher.
     """
 
-    compute = "exact"
+    compute = EXACT
     new: tuple
     has_branch = False
     is_table = False
@@ -95,6 +95,8 @@ class PackedLayer(_HostLayer):
         return *self.new, self.__dict__ | {"_parameters": parameters, "_workspace": None}
 
     def __setstate__(self, state):
+        if state.get("compute") == INT8:
+            state = state | {"compute": FAST}
         super().__setstate__(state | {"_workspace": shared_workspace()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
@@ -255,7 +257,7 @@ class PackedLinear(PackedLayer):
         weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
-            out = product.linear(input, weight, bias, low_rank, fast=self.compute == "int8")
+            out = product.linear(input, weight, bias, low_rank, fast=self.compute == FAST)
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)

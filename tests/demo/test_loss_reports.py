@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from demo_model import scenes
-from featherweight.loaders.comfyui.who_computes import EXACT
+from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.diffusion import load_diffusion_model

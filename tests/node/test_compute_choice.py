@@ -10,22 +10,19 @@ from nunchaku_models import load, quantized
 from pack_nodes import node_list
 from patched_models import flux_file, packed_flux
 
-from featherweight.loaders.comfyui.compute_dtype import COMPUTE
-from featherweight.loaders.comfyui.load_check import patcher_of
-from featherweight.loaders.comfyui.who_computes import (
+from featherweight.loaders.comfyui.compute import (
     AS_COMFYUI,
     AUTOMATIC,
-    EXACT,
-    HOST_FORMATS,
-    host_multiplies,
-)
-from featherweight.loaders.models import compute_choice
-from featherweight.loaders.models.compute_choice import (
     BY_COMPUTE,
     COMPUTE_CHOICES,
+    EXACT,
+    FAST,
     computing,
-    faster_type_text,
+    host_multiplies,
 )
+from featherweight.loaders.comfyui.load_check import patcher_of
+from featherweight.loaders.models import fit_device
+from featherweight.loaders.models.fit_device import faster_type_text
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -33,6 +30,8 @@ from featherweight.ops.tensor.packed_layout import is_packed
 pytestmark = pytest.mark.usefixtures("small_models")
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 OLD_COMPUTE = ("exact", "int8", "float32")  # options of earlier versions
+OLD_HOST_FORMATS = ("automatic", "exact, from the file's weights", "as ComfyUI computes them")
+TODAY = {"int8": FAST, OLD_HOST_FORMATS[1]: EXACT}
 WITH_COMPUTE = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint",
                 "FeatherweightLoadTextEncoder")
 
@@ -57,19 +56,20 @@ def test_the_second_choice_of_earlier_versions_is_hidden(node_id):
     assert host_formats.default == BY_COMPUTE and host_formats.as_dict()["hidden"]
 
 
-@pytest.mark.parametrize("host_formats", HOST_FORMATS)
+@pytest.mark.parametrize("host_formats", OLD_HOST_FORMATS)
 @pytest.mark.parametrize("compute", OLD_COMPUTE)
 def test_the_nine_old_pairs_mean_what_they_meant(compute, host_formats):
-    assert computing(compute, host_formats) == (compute, host_formats)
+    assert computing(compute, host_formats) == (
+        TODAY.get(compute, compute), TODAY.get(host_formats, host_formats))
 
 
 @pytest.mark.parametrize("choice", COMPUTE_CHOICES)
 def test_a_choice_alone_means_an_arithmetic_and_who_computes_comfyuis_formats(choice):
     arithmetic, host_formats = computing(choice, BY_COMPUTE)
-    assert arithmetic in COMPUTE and host_formats in HOST_FORMATS
+    assert arithmetic in (AUTOMATIC, EXACT, FAST, "float32")
+    assert host_formats in (AUTOMATIC, EXACT)
     assert (host_formats == EXACT) == (choice in ("exact", "float32"))
-    assert host_formats != AS_COMFYUI
-    assert (arithmetic == "int8") == (choice in ("fast", "int8"))
+    assert (arithmetic == FAST) == (choice in ("fast", "int8"))
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def fp8_file():
 @pytest.mark.parametrize(("given", "arithmetic", "host_formats"), [
     ({}, "exact", AUTOMATIC),  # as prompts of 0.2.1 that leave both out
     ({"compute": "exact"}, "exact", AUTOMATIC),  # as prompts of 0.2.1
-    ({"compute": "int8"}, "int8", AUTOMATIC),
+    ({"compute": "int8"}, FAST, AUTOMATIC),
     ({"compute": "exact", "host_formats": AS_COMFYUI}, "exact", AS_COMFYUI),
     ({"compute": "exact", "host_formats": BY_COMPUTE}, "exact", EXACT),
     ({"compute": "automatic", "host_formats": BY_COMPUTE}, "automatic", AUTOMATIC),
-    ({"compute": "fast", "host_formats": BY_COMPUTE}, "int8", AUTOMATIC),
+    ({"compute": "fast", "host_formats": BY_COMPUTE}, FAST, AUTOMATIC),
 ])
 def test_the_node_loads_as_its_inputs_say(given, arithmetic, host_formats, fp8_file, monkeypatch):
     use_folder(fp8_file.parent, monkeypatch)
@@ -105,24 +105,24 @@ def test_automatic_leaves_svdquant_to_comfy_kitchen_where_it_has_the_kernels(
     patcher = load("flux-dev", tmp_path / "model.safetensors", compute=compute)
     layers = [layer for layer in patcher.model.modules() if isinstance(layer, PackedLinear)
               and is_packed(layer.weight)]
-    chosen = {layer.compute == "int8" for layer in layers
+    chosen = {layer.compute == FAST for layer in layers
               if kitchen_products.product_of(layer.weight.params.format)}
     assert chosen == {by_kitchen}
-    assert not any(layer.compute == "int8" for layer in layers
+    assert not any(layer.compute == FAST for layer in layers
                    if not kitchen_products.product_of(layer.weight.params.format))
 
 
 def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
     model = packed_flux("Q8_0")
     assert faster_type_text(model, "fast") is None  # a CPU has no kernel of ComfyUI's
-    monkeypatch.setattr(compute_choice, "host_multiplies", lambda name, device: True)
+    monkeypatch.setattr(fit_device, "host_multiplies", lambda name, device: True)
     monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "kernels are off")
     assert faster_type_text(model, "fast") is None  # it would be ComfyUI's kernels too
     monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "")
     assert faster_type_text(model, "exact") is None
     assert re.match(r"With int8_convrot at `pack to` \([\d.]+ MB\) ComfyUI's kernels compute it",
                     faster_type_text(model, "fast"))
-    monkeypatch.setattr(compute_choice, "total_memory", lambda *_: 1e6)
+    monkeypatch.setattr(fit_device, "total_memory", lambda *_: 1e6)
     assert faster_type_text(model, "fast") is None
 
 

@@ -20,7 +20,7 @@ from user_kernels import without_kernels
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
-from featherweight.loaders.comfyui import who_computes
+from featherweight.loaders.comfyui import compute
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.formats.base import FORMATS
@@ -97,7 +97,7 @@ def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None
 def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
     path, _ = flux_file(format_name, seed)
     if dtype is None:
-        by = who_computes.EXACT if format_name.endswith(EXACT) else who_computes.AS_COMFYUI
+        by = compute.EXACT if format_name.endswith(EXACT) else compute.AS_COMFYUI
         return load_diffusion_model(path, host_formats=by)
     state_dict = open_weights(path).state_dict()
     options = {"custom_operations": operations_for(state_dict), "dtype": dtype}

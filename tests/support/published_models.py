@@ -26,10 +26,10 @@ from encoders.encoder import small_towers, text_model
 from encoders.t5 import T5_SMALL
 from families import FAMILIES, Family, random_weights, shrink_parts, shrunken_detection
 
+from featherweight.loaders.comfyui.compute import BY_COMPUTE
 from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, MODEL
 from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.compute_choice import Computing
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
@@ -54,7 +54,7 @@ class Published:
     role: str
     host_name: Callable[[Any], str]
     weights: Callable[[], Weights]
-    load: Callable[[str, Computing], Any]
+    load: Callable[[str, str], Any]
     small: Callable[[pytest.MonkeyPatch], AbstractContextManager]
     parameters: Callable[[Any], Mapping[str, torch.Tensor]]
 
@@ -114,9 +114,8 @@ def diffusion_model(name: str) -> Published:
         found = weights_in(patcher.model.diffusion_model)
         return {key: found[target] for key, target in names().items()}
 
-    def load(path: str, computing: Computing):
-        return load_diffusion_model(path, compute=computing.arithmetic,
-                                    host_formats=computing.host_formats)
+    def load(path: str, compute: str):
+        return load_diffusion_model(path, compute=compute, host_formats=BY_COMPUTE)
 
     @contextlib.contextmanager
     def small(monkeypatch: pytest.MonkeyPatch):
@@ -161,9 +160,9 @@ def text_encoder(name: str) -> Published:
         with small_towers(encoder):
             yield
 
-    def load(path: str, computing: Computing):
+    def load(path: str, compute: str):
         return load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
-                                 host_formats=computing.host_formats, compute=computing.arithmetic)
+                                 host_formats=BY_COMPUTE, compute=compute)
 
     def parameters(clip):
         found = weights_in(text_model(clip).transformer)
@@ -282,7 +281,7 @@ def vae(name: str) -> Published:
         return weights_in(loaded.first_stage_model)
 
     return Published("VAE", lambda loaded: "", lambda: dict(vae_weights(name)),
-                     lambda path, computing: load_vae(path),
+                     lambda path, compute: load_vae(path),
                      functools.partial(small_vae, name), parameters)
 
 
@@ -324,9 +323,8 @@ def checkpoint(family_name: str, vae_name: str = "") -> Published:
                 stack.enter_context(small_vae(vae_name, monkeypatch))
             yield
 
-    def load(path: str, computing: Computing):
-        return load_checkpoint(path, compute=computing.arithmetic,
-                               host_formats=computing.host_formats)
+    def load(path: str, compute: str):
+        return load_checkpoint(path, compute=compute, host_formats=BY_COMPUTE)
 
     def weights() -> Weights:
         return {PREFIX + key: value for key, value in family_weights(family_name).items()}

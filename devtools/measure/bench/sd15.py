@@ -31,7 +31,7 @@ import nodes
 from devtools import ROOT, limited_cpu
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import clip_l_shapes
-from featherweight.loaders.comfyui.compute_dtype import choose_compute, vae_dtype
+from featherweight.loaders.comfyui.compute import choose_compute, vae_dtype
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import wrap_vae
 from featherweight.ops.formats.base import FORMATS

@@ -17,8 +17,8 @@ from families import (
 from patched_models import dense_flux, flux_file, relative, step
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui import compute_dtype as compute_dtype_module
-from featherweight.loaders.comfyui.compute_dtype import (
+from featherweight.loaders.comfyui import compute as compute_module
+from featherweight.loaders.comfyui.compute import (
     ATTENTION_FLAGS,
     DTYPE_FLAGS,
     compute_dtype,
@@ -142,7 +142,7 @@ def test_16_bit_weights_of_another_type_are_converted_once(name, tmp_path, monke
     write_gguf(path, weights, **stable_diffusion_cpp_style("Q8_0"), metadata=family.metadata)
     arguments = families.inputs(family)
     prepared = load_diffusion_model(str(path))
-    monkeypatch.setattr(compute_dtype_module, "CONVERTED_SHARE", 0)
+    monkeypatch.setattr(compute_module, "CONVERTED_SHARE", 0)
     mapped = load_diffusion_model(str(path))
     dtype = prepared.model.get_dtype_inference()
     halves = [weight for weight in mapped.model.diffusion_model.parameters()

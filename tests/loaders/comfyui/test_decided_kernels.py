@@ -15,7 +15,7 @@ from torch_kernels import unchecked_kernels
 from user_kernels import undecided
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute_dtype import DTYPE_FLAGS
+from featherweight.loaders.comfyui.compute import DTYPE_FLAGS
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops import cpu_features, kernels
 from featherweight.ops.kernels import Case, cuda_backend

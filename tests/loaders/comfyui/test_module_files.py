@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
+from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.tensor.packed_layout import is_packed

@@ -11,7 +11,7 @@ from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_for
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, EXACT
+from featherweight.loaders.comfyui.compute import AS_COMFYUI, EXACT
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import loader_choice
 from featherweight.loaders.models.checkpoint import load_checkpoint

@@ -27,18 +27,18 @@ from patched_models import (
 )
 
 from featherweight.loaders.comfyui import model_summary
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.model_summary import (
-    arithmetic_text,
-    dequantize_backend_text,
-    memory_summary,
-)
-from featherweight.loaders.comfyui.who_computes import (
+from featherweight.loaders.comfyui.compute import (
     AS_COMFYUI,
     AUTOMATIC,
     EXACT,
     host_multiplies,
     packed_formats,
+)
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.comfyui.model_summary import (
+    arithmetic_text,
+    dequantize_backend_text,
+    memory_summary,
 )
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect

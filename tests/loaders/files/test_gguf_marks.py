@@ -35,9 +35,9 @@ from patched_models import (
 )
 
 from devtools.files.gguf_files import gguf_writer, write_all
+from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model

@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
-from featherweight.loaders.comfyui import who_computes
-from featherweight.loaders.comfyui.compute_dtype import follows_model
+from featherweight.loaders.comfyui import compute as compute_module
+from featherweight.loaders.comfyui.compute import follows_model
 from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.ops.layers.packed_layers import PackedLayer, PackedLinear
@@ -106,7 +106,7 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     ("fast", False, False)])
 def test_comfyuis_formats_are_left_to_its_kernels_unless_exact_is_chosen(
         compute, has_kernel, by_comfyui, tmp_path, monkeypatch):
-    monkeypatch.setattr(who_computes, "host_multiplies", lambda name, device: has_kernel)
+    monkeypatch.setattr(compute_module, "host_multiplies", lambda name, device: has_kernel)
     kind, path = KINDS["flux of diffusers"], tmp_path / "net.safetensors"
     write_host_format("float8_e4m3fn", path, kind.weights())
     control = load_controlnet(str(path), compute=compute)
@@ -115,7 +115,7 @@ def test_comfyuis_formats_are_left_to_its_kernels_unless_exact_is_chosen(
     # what is joined of several with scales of their own stays packed
     assert any(not is_packed(one) for one in weights) == by_comfyui
     layers = [layer for layer in control.control_model.modules() if isinstance(layer, PackedLinear)]
-    assert {layer.compute == "int8" for layer in layers} == {compute == "fast"}
+    assert {layer.compute == "fast" for layer in layers} == {compute == "fast"}
 
 
 def dense_self(packed, path: str):

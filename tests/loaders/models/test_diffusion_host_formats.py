@@ -20,7 +20,7 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import AS_COMFYUI
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed

@@ -14,7 +14,7 @@ from patched_models import LIMIT, adapter, error_by_effect, kohya, patched
 from safetensors.torch import save_file
 from saving import save
 
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT
+from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.checkpoint import load_checkpoint

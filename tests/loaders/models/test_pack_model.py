@@ -32,8 +32,8 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -442,7 +442,7 @@ def test_what_fits_a_device_counts_it_too(is_multiplied, path, monkeypatch):
 
 
 @pytest.mark.parametrize(("compute", "expected"), [
-    ("exact", "exact"), ("automatic", "int8"), (None, "int8")])
+    ("exact", "exact"), ("automatic", "fast"), (None, "fast")])
 def test_who_loaded_it_exactly_computes_the_copy_exactly(compute, expected, path, monkeypatch):
     monkeypatch.setattr(kitchen_products, "runs", lambda *arguments: True)
     patcher = (comfy.sd.load_diffusion_model(path) if compute is None else load_diffusion_model(

@@ -25,9 +25,9 @@ from stored_files import FILES, diffusion_model, written
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
-from featherweight.loaders.comfyui import who_computes
+from featherweight.loaders.comfyui import compute
+from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models import pack_on_load, side_models
@@ -189,7 +189,7 @@ def layers_of_the_host(model) -> int:
 @pytest.fixture
 def as_comfyui(monkeypatch):
     """As on a GPU whose kernels multiply every type."""
-    automatic = who_computes.packed_formats
+    automatic = compute.packed_formats
 
     def packed_formats(host_formats, device):
         return automatic(AS_COMFYUI if host_formats == AUTOMATIC else host_formats, device)

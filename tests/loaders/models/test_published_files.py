@@ -12,11 +12,10 @@ from host_formats import ASYMMETRIC
 from published_files import ROWS, Row, model_of
 from published_models import patchers
 
+from featherweight.loaders.comfyui.compute import AUTOMATIC, EXACT, FAST
 from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.who_computes import AUTOMATIC
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.models.compute_choice import EXACTLY, FAST, MEANINGS
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
@@ -34,7 +33,7 @@ def check_row(row: Row, model_name: str, form: str, computes, chance: random.Ran
         for compute in computes:
             caplog.clear()
             with caplog.at_level(logging.WARNING):
-                loaded = model.load(str(path), MEANINGS[compute])
+                loaded = model.load(str(path), compute)
             told = {note for patcher in patchers(loaded) for note in load_notes(patcher)}
             told |= {record.getMessage() for record in caplog.records
                      if record.name.startswith("featherweight")}
@@ -75,7 +74,7 @@ def test_a_published_file_loads_without_a_word_and_an_inspection_names_it(row, t
     print(f"seed {seed}")
     chance = random.Random(seed)
     check_row(row, chance.choice(row.models), chance.choice(sorted(row.forms)),
-              [chance.choice((EXACTLY, AUTOMATIC))], chance, tmp_path, monkeypatch, caplog)
+              [chance.choice((EXACT, AUTOMATIC))], chance, tmp_path, monkeypatch, caplog)
 
 
 @pytest.mark.heavy
@@ -86,7 +85,7 @@ def test_every_form_of_a_published_file_loads_so(row, model_name, form, tmp_path
                                                  caplog):
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    computes = (EXACTLY, AUTOMATIC)
+    computes = (EXACT, AUTOMATIC)
     if form != "w4a8" or ASYMMETRIC in QUANT_ALGOS:  # which the host computes where it has it
         computes = (*computes, FAST)
     check_row(row, model_name, form, computes, random.Random(seed), tmp_path, monkeypatch, caplog)

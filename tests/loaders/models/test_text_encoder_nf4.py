@@ -13,7 +13,7 @@ from families import relative_error
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import AS_COMFYUI
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from demo_model import scenes
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute_dtype import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
+from featherweight.loaders.comfyui.compute import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
 from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.checkpoint import load_checkpoint

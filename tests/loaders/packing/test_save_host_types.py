@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from saving import SIBLINGS, save, with_markers
 from stored_files import FILES, diffusion_model, written
 
+from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
-from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
 from featherweight.loaders.files.open_weights import open_weights

@@ -11,7 +11,7 @@ from host_formats import HOST_FORMATS
 from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, write
 from patched_models import tiny_flux
 
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import AS_COMFYUI
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 

@@ -20,13 +20,13 @@ from marked_flux import (
 from patched_models import relative
 from small_encoders import t5_file
 
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.who_computes import (
+from featherweight.loaders.comfyui.compute import (
     AS_COMFYUI,
     AUTOMATIC,
     EXACT,
     packed_formats,
 )
+from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import torch
 
+from featherweight.loaders.models.load_options import LoadOptions
 from featherweight.loaders.recipe import Recipe
-from featherweight.ops.layers import comfyui_operations  # noqa: F401  as a ComfyUI with the pack has it
+from featherweight.ops.layers import EXACT, FAST
+from featherweight.ops.layers.comfyui_operations import new_layer
 from featherweight.ops.tensor.packed_layout import is_packed
 
 # name -> (a layer, the values of its weight), one of each family of layouts and of each weight that
@@ -27,6 +29,16 @@ def test_layers_of_0_2_1_hold_their_packed_weights_and_compute():
         input = torch.randn(3, values.shape[1])
         torch.testing.assert_close(layer(input), input @ values.t(), rtol=1e-4, atol=1e-3,
                                    equal_nan=True)
+
+
+def test_fast_layers_and_recipes_that_say_int8_are_fast():
+    layer = new_layer("Linear", False, False, "int8")
+    assert layer.compute == FAST
+    layer = new_layer("Linear", False, False, "automatic")
+    layer.__setstate__({"compute": "int8"})  # as chosen for the layer's weight
+    assert layer.compute == FAST
+    options = LoadOptions(compute="int8", host_formats="exact, from the file's weights")
+    assert (options.compute, options.host_formats) == (FAST, EXACT)
 
 
 def test_patches_recipes_and_convolutions_of_0_2_2_open():

@@ -1,4 +1,9 @@
-"""Chooses what a diffusion model, its ControlNets or a VAE compute in.
+"""Who computes a model's layers, and in which dtype.
+
+This pack multiplies by the values that a format defines, on every device. ComfyUI multiplies layers
+in its own quantised formats with its kernels, which quantise the input of a layer too. The loaders'
+input `compute` chooses. Workflows and prompts from before 0.2.2 have a second one, `host formats`,
+for those layers alone, or nothing, and keep their meaning.
 
 ComfyUI computes in float32 on every CPU. A CPU that multiplies bfloat16 natively is two to four
 times as fast in it, and models that the host would run in bfloat16 on a GPU lose no more there.
@@ -11,15 +16,30 @@ import torch
 from comfy.controlnet import ControlNet
 from comfy.model_patcher import ModelPatcher
 from comfy.ops import CastWeightBiasOp
+from comfy.quant_ops import QUANT_ALGOS
 from comfy.taesd.taesd import TAESD
 
 from ...ops import cpu_features
-from ...ops.layers import cpu_attention
+from ...ops.layers import AUTOMATIC, EXACT, FAST, INT8, cpu_attention
 from ...ops.tensor.packed_layout import convert_16bit, is_other_16bit, safe_detach
+from ..quantizers.comfyui import READERS
 
-# how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
-# makers meant it
-COMPUTE = ("automatic", "exact", "int8", "float32")
+FLOAT32 = "float32"  # of earlier versions: exact, in float32 on every device
+AS_COMFYUI = "as ComfyUI computes them"  # of earlier versions, of layers in ComfyUI's formats
+BY_COMPUTE = "by compute"
+COMPUTE_CHOICES = (AUTOMATIC, EXACT, FAST, INT8, FLOAT32)  # options of the input `compute`
+CHOICES_OF_SIDE_MODELS = COMPUTE_CHOICES[:3]  # of text encoders, ControlNets and the like
+# options of the input `host formats` -> who computes layers in ComfyUI's formats
+HOST_FORMATS = {AUTOMATIC: AUTOMATIC, "exact, from the file's weights": EXACT,
+                AS_COMFYUI: AS_COMFYUI}
+HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)
+# how a model computes -> who computes layers in ComfyUI's formats, with BY_COMPUTE
+WHO_COMPUTES = {AUTOMATIC: AUTOMATIC, EXACT: EXACT, FAST: AUTOMATIC, FLOAT32: EXACT}
+
+# Least compute capability of an NVIDIA GPU on which ComfyUI multiplies a format without converting
+# its weights first; of others int8's, whose product fails on some older ones.
+CAPABILITIES = {"float8_e4m3fn": (8, 9), "float8_e5m2": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
+INT8_CAPABILITY = (8, 0)
 
 # VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
 BFLOAT16_VAES = (TAESD,)
@@ -33,6 +53,44 @@ ATTENTION_FLAGS = ("use_split_cross_attention", "use_quad_cross_attention",
                    "force_upcast_attention")
 
 
+def computing(compute: str, host_formats: str = BY_COMPUTE) -> tuple[str, str]:
+    """Returns how a model computes, and who computes its layers in ComfyUI's own formats.
+
+    Args:
+        compute: one of `COMPUTE_CHOICES`.
+        host_formats: one of `HOST_FORMATS_CHOICES`.
+
+    Returns:
+        A key of `WHO_COMPUTES` and a value of `HOST_FORMATS`; such a pair is returned as it is.
+    """
+    how = FAST if compute == INT8 else compute
+    who = WHO_COMPUTES[how]
+    return how, who if host_formats == BY_COMPUTE else HOST_FORMATS.get(host_formats, host_formats)
+
+
+def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
+    """Returns the names of ComfyUI's formats whose layers this pack computes.
+
+    Args:
+        host_formats: AUTOMATIC, EXACT or AS_COMFYUI.
+        device: where the layers run.
+    """
+    if host_formats == AS_COMFYUI:
+        return frozenset()
+    return frozenset(name for name in READERS
+                     if host_formats == EXACT or not host_multiplies(name, device))
+
+
+def host_multiplies(name: str, device: torch.device) -> bool:
+    """Returns whether ComfyUI has a product for a format on a device."""
+    return (
+        name in QUANT_ALGOS
+        and device.type == "cuda"
+        and torch.version.cuda is not None  # not AMD's
+        and torch.cuda.get_device_capability(device) >= CAPABILITIES.get(name, INT8_CAPABILITY)
+    )
+
+
 def choose_compute(patcher: ModelPatcher, compute: str):
     """Makes a diffusion model compute in the dtype, and with the attention, that fit its device.
 
@@ -40,7 +98,7 @@ def choose_compute(patcher: ModelPatcher, compute: str):
 
     Args:
         patcher: the model's; model and patcher are changed in place.
-        compute: one of `COMPUTE`.
+        compute: a key of `WHO_COMPUTES`.
     """
     dtype = compute_dtype(patcher, compute)
     if dtype is not None:
@@ -71,11 +129,11 @@ def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
 
     Args:
         patcher: the model's.
-        compute: one of `COMPUTE`.
+        compute: a key of `WHO_COMPUTES`.
     """
     if _has_flag(DTYPE_FLAGS):
         return None
-    if compute == "float32":
+    if compute == FLOAT32:
         return torch.float32
     if (
         comfy.model_management.is_device_cpu(patcher.load_device)
@@ -116,10 +174,10 @@ def vae_dtype(model: torch.nn.Module, device: torch.device, compute: str) -> tor
     Args:
         model: what encodes and decodes in the host's VAE.
         device: where it runs.
-        compute: one of `COMPUTE`.
+        compute: a key of `WHO_COMPUTES`.
     """
     if (
-        compute != "float32"
+        compute != FLOAT32
         and not _has_flag(VAE_DTYPE_FLAGS)
         and comfy.model_management.is_device_cpu(device)
         and cpu_features.multiplies_bfloat16()
