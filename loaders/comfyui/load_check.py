@@ -198,34 +198,20 @@ class LoadCheck:
         self.notes += [f"{self.name}: {sentence}" for sentence in judgement.told]
 
     def finish(self):
-        """Writes the notes, also to the model's patcher, and gives what no file has its value.
+        """Gives what no file has its value, and writes the notes, also to the model's patcher.
 
         Raises:
             WeightFileError: the model lacks weights.
         """
-        made, initialised, computed, unused, parts = [], [], [], [], set()
-        for module, missing, unexpected in self._loads:
-            self._note_cut_pooled_text(module)
-            absent = set(missing)
-            for name in missing:
-                reason = _reason_not_needed(module, name, absent)
-                if reason in PARTS:
-                    parts.add(reason)
-                if reason is None and _is_computed(module, name):
-                    computed.append(name)
-                elif reason is None or reason in parts:
-                    lost = made if _make(module, name) else initialised
-                    lost += [name] if reason is None else []
-            unused += sorted(unexpected)
-        left_over = [name for name in self._left_over if name not in self._loaded]
-        unused, left_over = ([name for name in names if not any(
-            pattern.search(name) for pattern, _ in UNUSED)] for names in (unused, left_over))
+        made, initialised, computed, parts = self._fill_missing()
+        unused = [name for *_, names in self._loads for name in sorted(names) if _is_of_use(name)]
         if made and unused:
             raise WeightFileError(
                 f"{self.name} makes only a part of the model: it has no"
                 f" {join_some(map(safe_repr, made))}, and the model has no"
                 f" {join_some(map(safe_repr, unused))}. {DOWNLOAD_AGAIN}")
-        unused += left_over
+        unused += [name for name in self._left_over
+                   if name not in self._loaded and _is_of_use(name)]
         if (made or initialised) and not reads_anyway():
             others = (f"; the model does not use {join_some(map(safe_repr, unused))} of it"
                       if unused else "")
@@ -233,15 +219,7 @@ class LoadCheck:
                 f"{self.name} lacks weights of the model:"
                 f" {join_some(map(safe_repr, made + initialised))}{others}. {DOWNLOAD_AGAIN}"
                 f" {READ_ANYWAY}")
-        if made:
-            self.notes.append(
-                f"{self.name} lacks weights of the model: {join_some(map(safe_repr, made))}"
-                f" {'are' if made[1:] else 'is'} zeros, or ones where it scales. Images may be"
-                " wrong: download the file again, or get another conversion.")
-        if initialised := initialised + computed:
-            self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
-                              " ComfyUI's initial values are used.")
-        self.notes += [f"{self.name}: {reason}" for reason in sorted(parts)]
+        self._note_missing(made, initialised + computed, parts)
         for file in dict.fromkeys(self._files.get(name, self.name) for name in unused):
             names = [name for name in unused if self._files.get(name, self.name) == file]
             self.notes.append(f"The model does not use {join_some(map(safe_repr, names))} of"
@@ -256,6 +234,40 @@ class LoadCheck:
         elif self.notes:
             log.warning("%s", " ".join(self.notes))
 
+    def _fill_missing(self) -> tuple[list[str], list[str], list[str], set[str]]:
+        """Gives what no file has its value.
+
+        Returns:
+            The names of weights that got theirs here, from the host's initialisation, and from its
+            computation; and the reasons of PARTS for whole parts that are missing.
+        """
+        made, initialised, computed, parts = [], [], [], set()
+        for module, missing, _ in self._loads:
+            absent = set(missing)
+            for name in missing:
+                reason = _reason_not_needed(module, name, absent)
+                if reason in PARTS:
+                    parts.add(reason)
+                    _make(module, name)
+                elif reason is None:
+                    names = (computed if _is_computed(module, name)
+                             else made if _make(module, name) else initialised)
+                    names.append(name)
+        return made, initialised, computed, parts
+
+    def _note_missing(self, made: list[str], initialised: list[str], parts: set[str]):
+        for module, *_ in self._loads:
+            self._note_cut_pooled_text(module)
+        if made:
+            self.notes.append(
+                f"{self.name} lacks weights of the model: {join_some(map(safe_repr, made))}"
+                f" {'are' if made[1:] else 'is'} zeros, or ones where it scales. Images may be"
+                " wrong: download the file again, or get another conversion.")
+        if initialised:
+            self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
+                              " ComfyUI's initial values are used.")
+        self.notes += [f"{self.name}: {reason}" for reason in sorted(parts)]
+
     def _note_cut_pooled_text(self, module: torch.nn.Module):
         """Notes a weight with too few columns, for which the host cuts the pooled text off."""
         weight = dict(module.named_parameters()).get(POOLED_TEXT)
@@ -264,6 +276,10 @@ class LoadCheck:
                 f"{POOLED_TEXT!r} of {self.name} takes {weight.shape[-1]} values of the pooled"
                 f" text, expected {CLIP_L_WIDTH}: ComfyUI leaves the others out. Images may be"
                 " wrong: download the file again, or get another conversion.")
+
+
+def _is_of_use(name: str) -> bool:
+    return not any(pattern.search(name) for pattern, _ in UNUSED)
 
 
 def bytes_of(weights: Mapping[str, torch.Tensor]) -> int:

@@ -5,8 +5,8 @@ other spellings of names, the biases of factors and of slices, and PEFT's DoRA.
 """
 import collections
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.lora_convert
@@ -86,84 +86,39 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     # With names mapped to themselves, all layers are returned, whatever the model.
     layers = _load_layers(sound, {stem: f"{stem}.weight" for stem in stems})
     unread = sorted(sound.keys() - sound.read)
-    embeddings = [name for name in unread if name.startswith(EMBEDDING)]
     values = {
         key: layers[key] for stem in stems for key in (f"{stem}.weight", f"{stem}.bias")
         if key in layers
     }
-
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = dict(model.model.named_parameters())
-    other_names, name_mismatches = _resolve_names(stems, key_map, weights)
-    host_names = dict(key_map)
-    key_map |= other_names
-    of_text = {stem for stem in stems if stem not in key_map and (
-        is_text_name(stem) or TEXT_LAYER.match(_bare_name(stem)))}
-    text_weights = {}
-    if clip is not None:
-        text_weights = dict(clip.cond_stage_model.named_parameters())
-        text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        key_map |= _resolve_text_names(
-            {stem: values.get(f"{stem}.weight") for stem in of_text - text_names.keys()},
-            text_weights) | text_names
-        host_names |= text_names
-        weights |= text_weights
-    twice = _named_twice(stems, key_map)
+    names = _match_names(model, clip, stems, values)
+    twice = _named_twice(stems, names.targets)
     mismatches |= dict.fromkeys(twice, TAKEN)
-    loaded = _load_layers(sound, {name: target for name, target in key_map.items()
+    loaded = _load_layers(sound, {name: target for name, target in names.targets.items()
                                   if name not in twice})
-    reasons = {target: _mismatch(target, value, weights) for target, value in loaded.items()}
+    reasons = {target: _mismatch(target, value, names.weights) for target, value in loaded.items()}
     patches = {target: value for target, value in loaded.items() if reasons[target] is None}
-    unread = [name for name in unread if name not in embeddings]
-    if any(map(is_setting, loaded)):
-        unread = [name for name in unread if not name.endswith(SETTING)]
-    if clip is None:
-        unread = [name for name in unread
-                  if not is_text_name(name) and not TEXT_LAYER.match(_bare_name(name))]
-
-    matched = unconnected = 0
-    for stem in stems:
-        if stem in mismatches:
-            continue
-        target = key_map.get(stem)
-        if target is None and clip is None and stem in of_text:
-            unconnected += 1
-        elif target is None and stem in of_text:
-            mismatches[stem] = "missing in the text encoder"
-        elif target is None:
-            mismatches[stem] = name_mismatches[stem]
-        else:
-            read_keys = [key for key in (target, _bias_target(target)) if key in loaded]
-            reason = "written in a way that this ComfyUI does not read"
-            if read_keys:
-                reason = next(filter(None, (reasons[key] for key in read_keys)), None)
-            if reason is None:
-                matched += 1
-            else:
-                mismatches[stem] = reason
-
-    shapes = {
-        key.removesuffix(".weight"): shape for key, value in values.items()
-        if key.endswith(".weight") and key.removesuffix(".weight") not in of_text
-        and (shape := shape_of(value)) is not None
-    }
-    ranks = {
-        rank for value in values.values() if shape_of(value)
-        and (rank := rank_of(value)) is not None
-    }
-    model_weights = {key: value for key, value in weights.items() if key.startswith(MODEL_PREFIX)}
+    unconnected = set() if clip is not None else (
+        names.of_text - names.targets.keys() - mismatches.keys())
+    mismatches |= {stem: reason for stem in stems
+                   if stem not in mismatches and stem not in unconnected
+                   and (reason := _layer_mismatch(stem, names, reasons)) is not None}
+    has_settings = any(map(is_setting, loaded))
     report = LoraReport(
         patches=patches,
-        layers=len(stems) - unconnected,
-        matched=matched,
+        layers=len(stems) - len(unconnected),
+        matched=len(stems) - len(unconnected) - len(mismatches),
         mismatches=mismatches,
-        unconnected=unconnected,
-        unread=unread,
-        embeddings=embeddings,
+        unconnected=len(unconnected),
+        unread=[name for name in unread if not (
+            name.startswith(EMBEDDING) or (has_settings and name.endswith(SETTING))
+            or (clip is None and _is_of_text(name)))],
+        embeddings=[name for name in unread if name.startswith(EMBEDDING)],
         change_types=collections.Counter(change_type(value) for value in values.values()),
-        ranks=sorted(ranks),
-        family=match_family(shapes, metadata) if shapes else None,
-        model_family=match_family(weight_shapes(model_weights)),
+        ranks=sorted({rank for value in values.values() if shape_of(value)
+                      and (rank := rank_of(value)) is not None}),
+        family=_family(values, names.of_text, metadata),
+        model_family=match_family(weight_shapes({
+            key: value for key, value in names.weights.items() if key.startswith(MODEL_PREFIX)})),
         hints=metadata_hints(metadata),
         metadata={key: value for key, value in metadata.items()
                   if key not in (CONFIG, BESIDE)},
@@ -171,16 +126,24 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         header_alpha=header_alpha,
         use_header_alpha=use_header_alpha,
         model_words=words_of_model(model),
-        text_encoder=", ".join(dict.fromkeys(key.split(".")[0] for key in text_weights))
-        if of_text == stems.keys() else "",
+        text_encoder=names.text_encoder if names.of_text == stems.keys() else "",
     )
     changes = {target: value for target, value in patches.items() if not is_setting(target)}
     if measure:
-        report.load_lora = load_lora_text(state_dict, metadata, host_names, patches)
-    if measure or any(is_large(value, weights[weight_key(target)])
+        report.load_lora = load_lora_text(state_dict, metadata, names.of_host, patches)
+    if measure or any(is_large(value, names.weights[weight_key(target)])
                       for target, value in changes.items()):
-        report.blocks = block_changes(changes, weights)
+        report.blocks = block_changes(changes, names.weights)
     return report
+
+
+def _family(values: Mapping[str, Any], of_text: Container[str], metadata: dict[str, str]):
+    shapes = {
+        stem: shape for key, value in values.items() if key.endswith(".weight")
+        and (stem := key.removesuffix(".weight")) not in of_text
+        and (shape := shape_of(value)) is not None
+    }
+    return match_family(shapes, metadata) if shapes else None
 
 
 def _alphas(values: Mapping[str, Any],
@@ -251,6 +214,61 @@ def _load_layers(tensors: dict[str, torch.Tensor], names: dict) -> dict:
         if f"{stem}{MAGNITUDE}" in tensors and is_plain_lora(value):
             values[target] = row_dora(value, tensors[f"{stem}{MAGNITUDE}"])
     return {target: as_trained(value) for target, value in values.items()}
+
+
+class _Names(NamedTuple):
+    """What the layers of a LoRA are for.
+
+    Attributes:
+        targets: name of a layer, as the file or the host may have it -> target.
+        of_host: those of the targets that have the host's names.
+        mismatches: layer -> why it has no target in the model.
+        of_text: layers of a text encoder.
+        weights: key -> weight of the model and of the text encoder.
+        text_encoder: how the names of the text encoder's weights begin.
+    """
+
+    targets: dict[str, Any]
+    of_host: dict[str, Any]
+    mismatches: dict[str, str]
+    of_text: set[str]
+    weights: dict[str, torch.Tensor]
+    text_encoder: str
+
+
+def _match_names(model, clip, stems: Iterable[str], values: Mapping[str, Any]) -> _Names:
+    """Args are as of `check_lora`; values: name of a layer's weight -> value of a patch."""
+    of_host = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = dict(model.model.named_parameters())
+    others, mismatches = _resolve_names(stems, of_host, weights)
+    targets = of_host | others
+    of_text = {stem for stem in stems if stem not in targets and _is_of_text(stem)}
+    text_weights = {}
+    if clip is not None:
+        text_weights = dict(clip.cond_stage_model.named_parameters())
+        text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        targets |= _resolve_text_names(
+            {stem: values.get(f"{stem}.weight") for stem in of_text - text_names.keys()},
+            text_weights) | text_names
+        of_host |= text_names
+    return _Names(targets, of_host, mismatches, of_text, weights | text_weights,
+                  ", ".join(dict.fromkeys(key.split(".")[0] for key in text_weights)))
+
+
+def _is_of_text(name: str) -> bool:
+    return is_text_name(name) or TEXT_LAYER.match(_bare_name(name)) is not None
+
+
+def _layer_mismatch(stem: str, names: _Names, reasons: Mapping[Any, str | None]) -> str | None:
+    """Returns why a layer is not applied, None if it is; reasons: of `_mismatch`, by target."""
+    if stem not in names.targets:
+        return ("missing in the text encoder" if stem in names.of_text
+                else names.mismatches[stem])
+    target = names.targets[stem]
+    read = [reasons[key] for key in (target, _bias_target(target)) if key in reasons]
+    if not read:
+        return "written in a way that this ComfyUI does not read"
+    return next(filter(None, read), None)
 
 
 def _resolve_names(stems: Iterable[str], key_map: dict,
