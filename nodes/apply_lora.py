@@ -3,8 +3,8 @@ import os
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import is_link
 
-from ..cluster.workflow_graph import is_link
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
 from ..loaders.lora.compatibility import check_lora

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from ..cluster.workflow_graph import is_link
+from comfy_execution.graph_utils import is_link
+
 from ..loaders.paths.folders import validate_files
 from .comfyui_server import log_lack
 

@@ -1,4 +1,4 @@
-"""Reads the tensors of a file, a folder or a loaded model for an inspection."""
+"""Reads what a file, a folder or a loaded model holds, to say what it is and what fits a device."""
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -70,7 +70,8 @@ class MultiGPULoader(Loader):
 
     Attributes:
         family: the word for it in titles.
-        further: keys of the inputs after those of the wrapped loader; {0} stands for that.
+        further: keys of the inputs after those of the wrapped loader; {device} and {eject} stand
+            for its own.
         function: name of the method that scripts call.
     """
 
@@ -138,7 +139,7 @@ class DisTorch2Loader(DeviceLoader):
     """A loader with virtual VRAM in its second form."""
 
     family = "DisTorch2"
-    further = "{0.device} virtual_vram_gb donor_device expert_mode_allocations {0.eject}"
+    further = "{device} virtual_vram_gb donor_device expert_mode_allocations {eject}"
     virtual_vram_gb = 4.0
 
 
@@ -338,7 +339,7 @@ NODE_CONFIG = {
 }
 
 def _make(node_id: str, family: type[MultiGPULoader], wrapped: WrappedLoader) -> type[io.ComfyNode]:
-    further = family.further.format(wrapped)
+    further = family.further.format(device=wrapped.device, eject=wrapped.eject)
     base = type(node_id, (family, wrapped.base), {"also": "", "further": further})
     return make_node(__name__, node_id, base, family.function, wrapped.title.format(family.family),
                      f"{wrapped.keys} {further}")

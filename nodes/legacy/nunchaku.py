@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from comfy_execution.graph_utils import is_link
 
-from ...cluster.workflow_graph import is_link
 from ...loaders.lora.apply import apply_lora
 from ...loaders.lora.compatibility import check_lora
 from ...loaders.lora.lora_file import load_lora_file
