@@ -1,6 +1,7 @@
 """Converts names and shapes of a model's weights from a file's to the host's."""
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from comfy.model_detection import (
@@ -23,9 +24,19 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
         state_dict: is changed. Names that no known converter has changed stay.
         lazy: see `from_diffusers`.
     """
+    return detect_keys(state_dict, lazy)[0]
+
+
+def detect_keys(state_dict: dict[str, torch.Tensor],
+                lazy: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Returns `to_comfy_keys`, and the `unet_config` that the host detects, None if none."""
     state_dict = _without_wrappers(complete_endings(state_dict))
     state_dict = unmerge_kernels(_undo_converters(state_dict))
-    return _with_leading_ones(from_diffusers(state_dict, lazy))
+    config = _detect(state_dict)
+    if config is None:
+        state_dict = from_diffusers(state_dict, lazy)
+        config = _detect(state_dict)
+    return _with_leading_ones(state_dict, config)
 
 
 ENDINGS = ("weight", "bias", "scale")
@@ -58,8 +69,11 @@ def complete_endings(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def has_foreign_names(state_dict: dict[str, torch.Tensor]) -> bool:
     """Returns whether the names are not the host's own, such as diffusers'."""
-    return try_detect(detect_unet_config, _without_wrappers(state_dict),
-                      model_prefix(state_dict)) is None
+    return _detect(_without_wrappers(state_dict)) is None
+
+
+def _detect(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    return try_detect(detect_unet_config, state_dict, model_prefix(state_dict))
 
 
 def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
@@ -110,27 +124,27 @@ def unmerge_kernels(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return state_dict
 
 
-def _with_leading_ones(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _with_leading_ones(
+        state_dict: dict[str, torch.Tensor],
+        config: dict[str, Any] | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Gives weights such as position embeddings the leading one that C programs drop, where the
-    host detects the right model only so."""
-    prefix = model_prefix(state_dict)
-    config = try_detect(detect_unet_config, state_dict, prefix)
+    host detects the right model only so. Takes and returns what it detects too."""
     loose = {name: _reshaped(tensor, (1, *tensor.shape)) for name, tensor in state_dict.items()
              if len(tensor.shape) == 2 and not name.endswith((".weight", ".bias"))}
     if config is not None and not loose:
-        return state_dict
+        return state_dict, config
+    prefix = model_prefix(state_dict)
     restored = _LastRead(state_dict | loose)
     detected = try_detect(detect_unet_config, restored, prefix)
     while detected is None and (tensor := restored.get(restored.last)) is not None:
         if len(tensor.shape) != 1:  # the host does not fail for its missing dimension
-            return state_dict
+            return state_dict, config
         restored[restored.last] = _reshaped(tensor, (1, *tensor.shape))
         detected = try_detect(detect_unet_config, restored, prefix)
-    if detected in (config, None):
-        return state_dict
-    if config is None or _unfit(restored, prefix) < _unfit(state_dict, prefix):
-        return dict(restored)
-    return state_dict
+    if detected not in (config, None) and (
+            config is None or _unfit(restored, prefix) < _unfit(state_dict, prefix)):
+        return dict(restored), detected
+    return state_dict, config
 
 
 class _LastRead(dict):

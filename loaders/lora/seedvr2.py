@@ -3,12 +3,12 @@
 ComfyUI keeps them in the model's file. Files made for other nodes lack them, since these nodes read
 them from two files of their own.
 """
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from comfy.model_detection import detect_unet_config
 
-from ..comfyui.detection import try_detect
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..files.torch_file import is_plain, read_torch_object
@@ -20,26 +20,27 @@ SUFFIXES = (".safetensors", ".pt")
 WIDTH = 5120
 
 
-def add_texts(state_dict: dict[str, torch.Tensor], prefix: str, path: str | Path):
+def add_texts(state_dict: dict[str, torch.Tensor], prefix: str, path: str | Path,
+              config: Mapping[str, Any] | None):
     """Adds the texts that a SeedVR2 lacks, from files next to it or in the model folders.
 
     Args:
         state_dict: of a diffusion model with the host's names; it is changed.
         prefix: of the names of the model.
         path: of the model's file.
+        config: the host's `unet_config` of the model, None if it detects none.
 
     Raises:
         WeightFileError: if such a file cannot be read or holds something else.
     """
-    missing = {f"{prefix}{name}": file for name, file in FILES.items()
-               if f"{prefix}{name}" not in state_dict}
-    config = try_detect(detect_unet_config, state_dict, prefix) if missing else None
     if config is None or config.get("image_model") != "seedvr2":
         return
-    for name, file in missing.items():
+    for name, file in FILES.items():
+        if f"{prefix}{name}" in state_dict:
+            continue
         found = find_companion(str(path), [file + suffix for suffix in SUFFIXES])
         if found is not None:
-            state_dict[name] = read_text(found)
+            state_dict[f"{prefix}{name}"] = read_text(found)
 
 
 def read_text(path: str) -> torch.Tensor:

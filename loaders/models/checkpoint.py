@@ -195,11 +195,11 @@ def _load_file(path: str, asked: LoadOptions, for_host: dict[str, Any], formats:
     reject_non_diffusion(file)
     pack_to = asked.pack_to if for_host["output_model"] else None
     progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
-    state_dict, packed = read_weights(file, pack_to, progress, formats, device)
+    state_dict, config, packed = read_weights(file, pack_to, progress, formats, device)
     if model_prefix(state_dict):
         model, clip, vae = _build_parts(file, state_dict, asked.compute, for_host, encoder_formats)
     else:
-        model = build_model(file, state_dict, asked)
+        model = build_model(file, state_dict, asked, config)
         clip, vae = None, _no_vae() if for_host["output_vae"] else None
     if packed and model is not None:
         packed.attach(model)

@@ -41,7 +41,7 @@ from ..comfyui.quantized_weights import (
     read_marked,
 )
 from ..comfyui.unknown_model import reject_unknown_model
-from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
+from ..comfyui.weight_keys import detect_keys, has_foreign_names, model_prefix
 from ..comfyui.wrong_kind import reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError
 from ..devices import CPU
@@ -91,22 +91,22 @@ def load_diffusion_model(path: str, extra: str | None = None,
     stages = [stage for target in targets.files
               for stage in ("reading", target and "packing") if stage]
     progress = Progress(*stages, "building the model")
-    state_dict, packed = read_weights(file, pack_to, progress, formats, device)
+    state_dict, config, packed = read_weights(file, pack_to, progress, formats, device)
     if keeps_fp8:
         state_dict = pack_plain_fp8(state_dict)
     prefix = model_prefix(state_dict)
     module = {}
     if extra:
         module_file = open_weights(extra)
-        module, packed_module = read_weights(module_file, targets.files[1], progress,
-                                             packed_formats(EXACT, device), device)
+        module, _, packed_module = read_weights(module_file, targets.files[1], progress,
+                                                packed_formats(EXACT, device), device)
         module = module_layers(module_file, module)
         state_dict = join_module(state_dict, prefix, module)
         packed = PackStats.merge([packed, packed_module])
-    add_texts(state_dict, prefix, path)
+    add_texts(state_dict, prefix, path, config)
     with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
         files = dict.fromkeys(module, os.path.basename(extra)) if extra else None
-        patcher = build_model(file, state_dict, asked, files)
+        patcher = build_model(file, state_dict, asked, None if extra else config, files)
     if extra:
         reject_unused_module(patcher, module, path, extra)
     if packed:
@@ -141,7 +141,8 @@ def _load_by_the_host(path: str,
 
 def read_weights(
         file: WeightFile, pack_to: PackTo | None, progress: Progress, formats: frozenset[str],
-        device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], PackStats | None]:
+        device: torch.device = CPU
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, PackStats | None]:
     """Reads the weights of a diffusion model or of a whole checkpoint.
 
     Args:
@@ -152,7 +153,8 @@ def read_weights(
         device: packs the weights.
 
     Returns:
-        The state dict with the host's names, and what was packed, or None without `pack_to`.
+        The state dict with the host's names, the `unet_config` that the host detects by them, or
+        None, and what was packed, or None without `pack_to`.
 
     Raises:
         WeightFileError: if a layer is damaged or in a format that this host does not read.
@@ -168,14 +170,17 @@ def read_weights(
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
         else:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
-        return to_comfy_keys(state_dict), None
+        return *detect_keys(state_dict), None
     prefix = model_prefix(state_dict)
-    state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
+    state_dict, config = detect_keys(as_tensors(file, state_dict, prefix), lazy=True)
     packed = pack_weights(file, state_dict, pack_to, progress, prefix, device)
-    return in_parts(state_dict, formats) if may_have_host_formats(pack_to) else state_dict, packed
+    if may_have_host_formats(pack_to):
+        state_dict = in_parts(state_dict, formats)
+    return state_dict, config, packed
 
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: LoadOptions,
+                config: Mapping[str, Any] | None,
                 files: Mapping[str, str] | None = None) -> comfy.model_patcher.ModelPatcher:
     """Builds the host's diffusion model from the weights of a file.
 
@@ -183,6 +188,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: Lo
         file: of the weights.
         state_dict: of `file`, with the host's names.
         asked: of the host's options it takes the devices.
+        config: of `read_weights`; None also where other weights have joined them.
         files: see `check_load`.
 
     Raises:
@@ -192,14 +198,15 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: Lo
                if key.endswith("_device")}
     options["custom_operations"] = operations_for(state_dict, compute=asked.compute)
     patcher = None
-    if is_diffusion_model(state_dict):
+    if config is not None or is_diffusion_model(state_dict):
         with (
             explain_missing_config(file),
             explain_build_errors(file.name),
             dequantize_plain_parameters(),
             check_load(file.name, file.notes, bytes_of(state_dict), files) as check,
         ):
-            check.leave_over(reject_incomplete(file.name, state_dict))
+            if config is None:
+                check.leave_over(reject_incomplete(file.name, state_dict))
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),
                 disable_dynamic=asked.disable_dynamic)

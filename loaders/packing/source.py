@@ -326,7 +326,8 @@ def _take_from_files(weights: dict[str, Weight], patcher, files: Sequence[Weight
         for module in files[1:]:
             layers = _in_the_hosts_names(module, read_marked(module))
             tensors |= module_layers(module, layers)
-        add_texts(tensors, "", file.path)
+        config = try_detect(comfy.model_detection.detect_unet_config, tensors, "")
+        add_texts(tensors, "", file.path, config)
     except WeightFileError as error:
         reason = f"{file.path.name} cannot be read again ({first_line(error)})"
         return [_as_held(weights, names, reason)]

@@ -2,12 +2,15 @@
 counts on that."""
 from types import SimpleNamespace
 
+import comfy.model_detection
 import pytest
 import torch
 from families import FAMILIES, random_weights
 from host_formats import in_host_format
+from patched_models import flux_file
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui import weight_keys
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
@@ -55,6 +58,23 @@ def test_a_unet_whose_blocks_the_host_counts_wrongly_is_refused_in_a_sentence(tm
     with pytest.raises(WeightFileError, match=r"model.safetensors: .* cannot build a model of their"
                                               r" number and sizes \(pop from empty list\)\. Down"):
         load_diffusion_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("format_name", "count"), [
+    ("Q4_K", 2), ("INT8", 2), ("float8_e4m3fn", 3)])  # also whether the names are ComfyUI's
+def test_comfyui_detects_a_model_once_for_its_names_and_once_to_build_it(
+        format_name, count, monkeypatch):
+    path, detections = flux_file(format_name)[0], []
+    detect = comfy.model_detection.detect_unet_config
+
+    def counted(*arguments, **options):
+        detections.append(arguments)
+        return detect(*arguments, **options)
+
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", counted)
+    monkeypatch.setattr(weight_keys, "detect_unet_config", counted)
+    load_diffusion_model(path)
+    assert len(detections) == count
 
 
 LACKS = [

@@ -450,7 +450,7 @@ def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):
         tensors[name] = size * torch.linspace(-1, 1, tensors[name].numel()).view_as(tensors[name])
     save_file(tensors, tmp_path / "model.safetensors")
     file = open_weights(tmp_path / "model.safetensors")
-    state_dict, _ = read_weights(file, "Q4_K", Progress("reading", "packing"), frozenset())
+    state_dict, *_ = read_weights(file, "Q4_K", Progress("reading", "packing"), frozenset())
     for name, dtype in (("txt_in.weight", torch.bfloat16), ("img_in.weight", torch.float32),
                         (TIME, torch.float32)):
         assert (
