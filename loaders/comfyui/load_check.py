@@ -69,13 +69,8 @@ def _shares_keys(root: torch.nn.Module, match: re.Match, missing: Container[str]
 
 
 def _lacks(part: str, *methods: str) -> Callable[[torch.nn.Module, re.Match, Container[str]], bool]:
-    """Returns a test of whether nothing of a part of a model, such as a VAE's encoder, is in its
-    file.
-
-    Args:
-        part: how the names of its weights begin.
-        methods: that the models have of which it is a part.
-    """
+    """Returns a test of whether a file has none of the weights whose names begin so, such as those
+    of a VAE's encoder, for a model that has these methods."""
     def is_missing(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
         return (all(hasattr(root, method) for method in methods)
                 and all(name in missing for name, _ in root.named_parameters()

@@ -51,12 +51,7 @@ def format_sizes(tensors: Iterable[torch.Tensor]) -> collections.Counter[str]:
 
 
 def log_load_summary(file: WeightFile, patcher):
-    """Logs the formats in a file, its size, and the bytes that its model holds in memory.
-
-    Args:
-        file: the model's.
-        patcher: the host's ModelPatcher of the model.
-    """
+    """Logs the formats in a file, its size, and the bytes that its model holds in memory."""
     formats = collections.Counter(formats_in(file).values())
     if has_nunchaku_weights(file.entries):  # the types of its parts say little
         formats = collections.Counter(
@@ -70,9 +65,6 @@ def dequantize_backend_text(patcher) -> str | None:
     """Returns which kernels dequantise a model: 'dequantized by CPU kernels'; None if none need to.
 
     The log says too what multiplies with inputs of few rows.
-
-    Args:
-        patcher: of the model.
     """
     formats, device, dtype = _dequantizing(patcher)
     if not formats:

@@ -30,15 +30,7 @@ def load_clip_vision(path: str, pack_to: PackTo | None = None,
     """Loads a CLIP vision model and keeps its packed weights packed.
 
     The host's own function detects and builds it, so every model works that this ComfyUI knows.
-    A file without packed weights loads as with that, unless it is to be packed.
-
-    Args:
-        path: of a file or a folder of transformers.
-        pack_to: see `PackTo`; plain weights are packed to it as they are read.
-        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
-
-    Raises:
-        WeightFileError: if the file cannot be read or holds no known CLIP vision model.
+    Arguments and errors are those of `load_side_model`.
     """
     return load_side_model(path, Kind(CLIP_VISION, _build, _wrap), pack_to, compute)
 

@@ -31,18 +31,10 @@ def load_controlnet(path: str, pack_to: PackTo | None = None,
     """Loads a ControlNet and keeps its packed weights packed.
 
     The small parts that ComfyUI computes with as plain tensors, T2I-Adapters and Control-LoRAs are
-    dequantised. A file without packed weights goes to the host's own loader, unless it is to be
-    packed.
+    dequantised; the weights of the latter two are not packed.
 
-    Args:
-        path: of a file or a folder of diffusers.
-        pack_to: see `PackTo`; plain weights are packed to it as they are read, but
-            not those of T2I-Adapters and Control-LoRAs.
-        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
-
-    Raises:
-        WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
-            weights are to be added to those of a model.
+    Arguments and errors are those of `load_side_model`. One more: if the weights of the file are to
+    be added to those of a model.
     """
     if pack_to and not _may_be_packed(open_weights(path).entries):
         pack_to = None
@@ -88,14 +80,6 @@ def _convert_fused(state_dict: Mapping[str, torch.Tensor],
     The host detects a ControlNet by diffusers' names and joins the weights itself, which would
     dequantise packed ones. So its names get what needs no memory, and the joined weights that are
     here under their own names replace what the host makes of that.
-
-    Args:
-        state_dict: of the file.
-        lazy: see `from_diffusers`.
-
-    Returns:
-        Stand-ins without memory for the weights that were converted, and the other weights beside
-        what was made of them.
     """
     if "lora_controlnet" in state_dict:
         state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor

@@ -18,15 +18,7 @@ def load_model_patch(path: str, pack_to: PackTo | None = None,
     """Loads a model patch and keeps its packed weights packed.
 
     The host's own node detects and builds it, so every model patch works that this ComfyUI knows.
-    A file without packed weights loads as in that node, unless it is to be packed.
-
-    Args:
-        path: of a file or a folder of diffusers.
-        pack_to: see `PackTo`; plain weights are packed to it as they are read.
-        compute: one of `compute.CHOICES_OF_SIDE_MODELS`.
-
-    Raises:
-        WeightFileError: if the file cannot be read or holds no known model patch.
+    Arguments and errors are those of `load_side_model`.
     """
     return load_side_model(path, Kind(MODEL_PATCH, _build, _wrap), pack_to, compute)
 

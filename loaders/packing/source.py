@@ -297,10 +297,7 @@ def _plain_names(weights: Mapping[str, Weight]) -> list[str]:
 
 
 def _as_held(weights: Mapping[str, Weight], names: Sequence[str], reason: str) -> str:
-    """Returns a note on weights that are saved as the model holds them.
-
-    reason: a clause.
-    """
+    """Returns a note on weights that are saved as the model holds them; reason: a clause."""
     types = dict.fromkeys(weights[name].stored_type for name in names)
     return (f"{len(names)} weights are saved as ComfyUI has them ({', '.join(types)}), not as"
             f" they were loaded: {reason} ({join_some(names)}).")
@@ -565,12 +562,7 @@ def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],
                         is_side_model: bool = False) -> dict:
     """Returns the tensors of a diffusion model by the host's names, or of a side model by its own.
 
-    A weight of several tensors is `JoinedRows`.
-
-    Args:
-        file: of the tensors.
-        state_dict: of `read_marked`.
-        is_side_model: whether it is one of `SIDE_MODELS`.
+    A weight of several tensors is `JoinedRows`. state_dict: of `read_marked`.
     """
     prefix = "" if is_side_model else model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}

@@ -446,13 +446,7 @@ class MoEExperts(PackedLayer, _Experts):
             comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
 
     def expert_linear(self, input: torch.Tensor, expert: int, *args, **kwargs) -> torch.Tensor:
-        """Runs the layer of one expert on an input (..., K). Returns (..., N).
-
-        Args:
-            input: of the expert.
-            expert: index.
-            args, kwargs: of a fused call.
-        """
+        """Runs the layer of one expert on an input (..., K), as a fused call. Returns (..., N)."""
         return FusedCall.of(args, kwargs).around(lambda x: self._expert_product(x, expert), input)
 
     @autocast_input
