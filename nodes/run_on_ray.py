@@ -14,7 +14,7 @@ from ..cluster.comfyui_install import MachineError, worker_environment
 from ..cluster.ray_connection import THIS_COMPUTER, address_options, is_cluster, named_cluster
 from ..cluster.workflow_graph import GraphError, classes, upstream
 from ..cluster.workflow_variants import make_variants
-from ..ops.pickle_names import short_error_name
+from ..ops.stable_names import short_error_name
 from .node_text import text_sender
 
 CLUSTER = named_cluster()

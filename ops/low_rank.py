@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .pickle_names import stable_pickle_name
+from .stable_names import stable_pickle_name
 
 
 @stable_pickle_name

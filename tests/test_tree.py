@@ -72,7 +72,7 @@ def test_imports_point_down():
                 "gguf",
             } | sys.stdlib_module_names, path
         if where in ("ops/formats/bits.py", "ops/formats/base.py"):
-            assert own <= {"ops.formats.bits", "ops.lasting_memory", "ops.pickle_names"}, path
+            assert own <= {"ops.formats.bits", "ops.lasting_memory", "ops.stable_names"}, path
             assert {name.split(".")[0] for name in absolute} <= {
                 "torch"
             } | sys.stdlib_module_names, path

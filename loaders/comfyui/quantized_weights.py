@@ -24,7 +24,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import (

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 
 from ...ops.formats.base import FORMATS
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ...ops.tensor.packed_layout import packed_tensor
 from ...ops.tensor.packed_tensor import SOURCE_PATH
 from ...ops.tensor.read_only_memory import guards_of, mark_read_only

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ..container.weight_file import safe_repr
 from .arch import SENTENCEPIECE, Weights
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import psutil
 import torch
 
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ..byte_sizes import size_text
 
 try:

@@ -21,7 +21,7 @@ import torch
 from ...ops.layers import cpu_attention
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ...ops.tensor.packed_layout import (
     QuantizedTensor,
     is_packed,

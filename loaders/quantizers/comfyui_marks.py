@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers

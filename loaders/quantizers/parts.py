@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 from ..container.weight_file import describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn,

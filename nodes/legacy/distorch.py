@@ -10,7 +10,7 @@ import torch
 
 from ...loaders.container.weight_file import safe_repr
 from ...loaders.devices import CPU, find_device, total_memory
-from ...ops.pickle_names import short_error_name
+from ...ops.stable_names import short_error_name
 
 GIB = 1 << 30
 MAX_AMOUNT = 1e18  # in any unit; an infinite number could not be divided

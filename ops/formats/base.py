@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..lasting_memory import lasting_memory
-from ..pickle_names import short_error_name, stable_pickle_name
+from ..stable_names import short_error_name, stable_pickle_name
 from . import bits
 
 # Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,

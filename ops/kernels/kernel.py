@@ -9,7 +9,7 @@ import torch
 
 from ..formats.base import Format
 from ..formats.row_layout import RowFormat
-from ..pickle_names import short_error_name
+from ..stable_names import short_error_name
 
 ANY = "any format"
 PLAIN_LENGTH = 32  # values of a plain format that count as a block

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..pickle_names import short_error_name
+from ..stable_names import short_error_name
 from .kernel import compiler_error
 
 SOURCE_FILE = "featherweight.cu"  # as a compiler's messages name the source

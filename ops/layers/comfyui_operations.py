@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.ops
 
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from ..tensor.packed_layout import is_packed
 from . import EXACT, FAST, INT8
 from .comfyui_quantized import MixedEmbedding, MixedLinear

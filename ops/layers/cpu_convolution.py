@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from . import cpu_linear
 from .product import needs_gradient
 

@@ -17,7 +17,7 @@ import comfy.ops
 import torch
 
 from ..host_versions import HOST_VERSION, VERSION, tested_range, where_to_update
-from ..pickle_names import short_error_name
+from ..stable_names import short_error_name
 
 BY_POSITION = ("input_act", "act_weight", "residual", "residual_scale")  # of `forward`
 

@@ -13,7 +13,7 @@ import torch
 from .. import stochastic_rounding
 from ..low_rank import dense_linear
 from ..patches.layer_patches import LayerPatches
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from ..tensor.packed_layout import (
     PickledWeight,
     QuantizedTensor,

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from comfy.weight_adapter import BOFTAdapter, OFTAdapter, WeightAdapterBase
 
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from .adapters import SUMS, OrthogonalAdapter, adapter_fields, shape_of
 
 

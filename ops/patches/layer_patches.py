@@ -17,7 +17,7 @@ from .. import stochastic_rounding
 from ..lasting_memory import lasting_memory
 from ..log import log
 from ..low_rank import LowRank
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from .adapters import (
     adapter_tensors,
     corruption,

@@ -24,7 +24,7 @@ from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from ..formats.row_layout import RowFamily
 from ..formats.svdquant import ShiftedInput
 from ..low_rank import balancing_powers
-from ..pickle_names import stable_pickle_name
+from ..stable_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel
 
 # of the largest number of a factor that float16 holds with room for a sum

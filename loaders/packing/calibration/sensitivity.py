@@ -17,8 +17,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from ....ops.bounded_json import read_json
-from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
+from ....ops.stable_names import short_error_name
 from ...container.weight_file import FileState, first_line
 from ...files.atomic_file import atomic_writer
 from ..layer_losses import LAYERS, RESULT, WEIGHTS, percent

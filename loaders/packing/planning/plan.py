@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
 from ....ops.packing.row_types import ROW_TYPES
-from ....ops.pickle_names import short_error_name
+from ....ops.stable_names import short_error_name
 from ...byte_sizes import size_text, type_lines, type_shares, unit_of
 from ...packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 from .choose_types import bytes_for_costs, choose_types

@@ -1,8 +1,8 @@
-"""Module names under which pickles look up our functions and classes.
+"""Names of modules by which pickles look up functions and classes, and people see exceptions.
 
 The host names the modules of a node pack after the pack's folder, which is another one on another
-machine. So what is pickled belongs to one of two module names, which every process that has
-imported this pack knows.
+machine. What is pickled belongs to a module name that every process with this pack knows, and an
+exception to one that is short.
 """
 import sys
 import types
