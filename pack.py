@@ -167,25 +167,25 @@ def run(arguments: argparse.Namespace) -> int:
         KEEP_TYPES,
         MIXES,
         RENAMED_TYPES,
-        TYPES,
+        SAVE_TYPES,
         SaveOptions,
         plan_file,
     )
     from featherweight.loaders.packing.save import save
     from featherweight.loaders.packing.source import source_of_file
     from featherweight.loaders.progress import Progress
-    from featherweight.ops.packing.row_types import ROW_TYPES
+    from featherweight.ops.packing.pack_types import ROW_TYPES
 
     if signal.getsignal(signal.SIGINT) is stop_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     asked: list[str] = arguments.type.split("+") if arguments.type else []
     renamed = {**RENAMED_TYPES, INT4_PRODUCT: FILE_TYPES[INT4_PRODUCT]}
     chosen: list[str] = [renamed.get(name, name) for name in asked]
-    names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
+    names = (*SAVE_TYPES, *ROW_TYPES, KEEP_TYPES)
     unknown = next((name for name in chosen if name not in names), None)
     if unknown is not None:
         print(
-            f"Failed: unknown type {unknown!r}, expected {', '.join((*TYPES, *HOST_TYPES))}"
+            f"Failed: unknown type {unknown!r}, expected {', '.join((*SAVE_TYPES, *HOST_TYPES))}"
             f" or '{KEEP_TYPES}'."
         )
         return USAGE

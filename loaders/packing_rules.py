@@ -12,22 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import formats  # noqa: F401  registers the packed formats
-from ..ops.formats.base import FORMATS
-from ..ops.formats.row_layout import COLUMNS_OF_EXAMPLE
-from ..ops.packing.row_types import ROW_TYPES
-from .container.weight_file import nbytes_of
+from ..ops.packing.pack_types import ROW_TYPES, pack_type
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Types with which llama.cpp replaces those whose blocks of 256 do not divide a row
-# (`llama-quant.cpp`, tensor_type_fallback).
-FALLBACKS = {
-    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL",
-    "IQ4_XS": "IQ4_NL"
-}
 HALVES = ("F16", "BF16")
-PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SMALL = 1024  # values of a tensor up to which packing gains nothing
 NUMBERED = re.compile(r"(^|\.)\d+\.")
 BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
@@ -145,52 +134,10 @@ def half_type(dtype: torch.dtype) -> str:
     return "F16" if dtype in (torch.float16, torch.float32) else "BF16"
 
 
-def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
-    """Returns whether the blocks of a type divide the rows of a tensor.
-
-    Formats with separate scales always do: their blocks continue from row to row. ComfyUI's own
-    hold matrices, some of them of certain sizes only.
-    """
-    if type_name in PLAIN_BYTES:
-        return True
-    if type_name in ROW_TYPES:
-        return ROW_TYPES[type_name].takes(shape)
-    packed = FORMATS[type_name]
-    return bool(packed.qparams) or shape[-1] % packed.block_length == 0
-
-
 def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
-    """Returns a type, or the one that replaces it where its blocks do not divide the rows.
-
-    That is llama.cpp's fallback, or the 16-bit type `half` where the fallback does not fit either.
-    """
-    for name in (type_name, FALLBACKS.get(type_name)):
-        if name is not None and divides_rows(name, shape):
+    """Returns a type, or its fallback where its blocks do not divide the rows of a tensor, or the
+    16-bit type `half` where those of the fallback do not either."""
+    for name in (type_name, pack_type(type_name).fallback):
+        if name and pack_type(name).takes(shape):
             return name
     return half
-
-
-def bits_per_value(type_name: str) -> float:
-    """Returns the bits of a value in a type, scales included.
-
-    Of a row type in rows of `COLUMNS_OF_EXAMPLE`. 16 for types of the host that are none of these,
-    whose layers are saved dequantized.
-    """
-    if type_name in PLAIN_BYTES:
-        return 8.0 * PLAIN_BYTES[type_name]
-    if type_name in ROW_TYPES:
-        return ROW_TYPES[type_name].bits_per_value((COLUMNS_OF_EXAMPLE, COLUMNS_OF_EXAMPLE))
-    packed = FORMATS.get(type_name)
-    if packed is None:
-        return 16.0
-    return 8 * (packed.block_bytes + packed.qparam_bytes()) / packed.block_length
-
-
-def bytes_in_file(type_name: str, shape: tuple[int, ...]) -> int:
-    """Returns the bytes of a tensor in a type, with its scales.
-
-    In a row type its parts in a file take up to 4 bytes a row less, and some for its settings.
-    """
-    if type_name in ROW_TYPES:
-        return math.ceil(math.prod(shape) * ROW_TYPES[type_name].bits_per_value(shape) / 8)
-    return nbytes_of(type_name, shape)

@@ -15,7 +15,7 @@ from ..loaders.comfyui.compute import (
 from ..loaders.container.weight_file import WeightFileError
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.fit_device import FIT, faster_type_text
-from ..loaders.models.pack_on_load import TYPES, PackTo
+from ..loaders.models.pack_on_load import LOAD_TYPES, PackTo
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
@@ -58,7 +58,7 @@ def pack_to_input(what: str, fits: bool = False):
     """
     return renamed_combo(
         "pack_to",
-        [NO_CHANGE, FIT, *TYPES, MIX] if fits else [NO_CHANGE, *TYPES],
+        [NO_CHANGE, FIT, *LOAD_TYPES, MIX] if fits else [NO_CHANGE, *LOAD_TYPES],
         RENAMED_PACK_TO if fits else {"as the file": NO_CHANGE},
         default=NO_CHANGE,
         optional=True,

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.models.fit_device import FIT
 from ..loaders.models.pack_model import pack_model
-from ..loaders.models.pack_on_load import TYPES
+from ..loaders.models.pack_on_load import LOAD_TYPES
 from .load_diffusion_model import DEFAULT_SIZE, MIX, packed_type, size_input
 from .node_text import loader_output
 
@@ -34,7 +34,7 @@ class PackModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "pack_to",
-                    options=[FIT, *TYPES, MIX],
+                    options=[FIT, *LOAD_TYPES, MIX],
                     default=FIT,
                     optional=True,
                     display_name="pack to",

@@ -15,7 +15,7 @@ from ..loaders.packing.planning.file_plan import (
     KEEP_TYPES,
     MIXES,
     RENAMED_TYPES,
-    TYPES,
+    SAVE_TYPES,
     SaveOptions,
     plan_file,
     reject_own_files,
@@ -40,7 +40,7 @@ from ..loaders.paths.folders import (
 from ..loaders.paths.name_tokens import fill_in
 from ..loaders.progress import Progress
 from ..loaders.recipe import source_name
-from ..ops.packing.row_types import ROW_TYPES
+from ..ops.packing.pack_types import ROW_TYPES
 from .added_inputs import REPLACED
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text
@@ -52,7 +52,7 @@ SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
 W4A4 = "convrot_w4a4"
-OFFERED = [*TYPES, KEEP_TYPES, MIX, *HOST_TYPES, *[INT4_PRODUCT] * (W4A4 in HOST_TYPES),
+OFFERED = [*SAVE_TYPES, KEEP_TYPES, MIX, *HOST_TYPES, *[INT4_PRODUCT] * (W4A4 in HOST_TYPES),
            *(option for option, mix in SIZES.items() if mix and set(mix) <= set(HOST_TYPES))]
 # with those that workflows may name and this ComfyUI does not read, which `plan_file` says
 RENAMED_SAVE_TYPES = RENAMED_TYPES | {

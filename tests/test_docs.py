@@ -59,7 +59,7 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
 from featherweight.ops.kernels.cpp_backend import COMPILERS, NO_COMPILER, install_advice
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -393,10 +393,11 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
 def test_packing_names_the_types_that_loaders_and_the_saving_node_have():
     row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["packing"], re.M)
     loading, saving = row
-    assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == set(pack_on_load.TYPES)
-    added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
+    assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == {
+        *pack_on_load.LOAD_TYPES}
+    added = set(file_plan.SAVE_TYPES) - set(pack_on_load.LOAD_TYPES)
     assert saving.startswith(f"the same and {', '.join(added)}, ")
-    assert set(pack_on_load.TYPES) <= {*file_plan.TYPES, *ROW_TYPES}
+    assert set(pack_on_load.LOAD_TYPES) <= {*file_plan.SAVE_TYPES, *ROW_TYPES}
 
 
 RESERVE = [f"{nbytes / GIB:.1f} GiB" for nbytes in (SYSTEM_BYTES, HOST_RESERVE_BYTES,

@@ -20,7 +20,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = [pytest.mark.usefixtures("small_models"),

@@ -28,10 +28,8 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
-from featherweight.loaders.packing_rules import bytes_in_file
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
@@ -127,10 +125,10 @@ class Maker:
             data = ggml_quantiser.pack(weight.numpy(), kind, importance)
             return packed_tensor(FORMATS[kind], torch.from_numpy(data), weight.shape)
         if way == "bitsandbytes":
-            return pack_tensor(weight, FORMATS[kind], reference=True)
+            return pack_type(kind).pack(weight, is_plain=True)
         if way in ("kitchen", "learned"):
             return self._of_other_tools(way, kind)[name]
-        return pack(weight, kind, self._moments(way, name))
+        return pack_type(kind).pack(weight, self._moments(way, name))
 
     @functools.lru_cache(1)  # noqa: B019  as long as the one that measures
     def _of_other_tools(self, way: str, type_name: str) -> dict:
@@ -163,13 +161,6 @@ class Maker:
                           else self.tensors[name].to(plain))
                 file.write(name, kind, [tensor])
         return path, plan
-
-
-def pack(weight: torch.Tensor, type_name: str, moments):
-    """A packed tensor of a weight, in a type of ggml's, bitsandbytes' or ComfyUI's."""
-    if type_name in ROW_TYPES:
-        return pack_to_type(weight, ROW_TYPES[type_name], moments)
-    return pack_tensor(weight, FORMATS[type_name], moments=moments)
 
 
 def host_rows() -> list[tuple[str, str]]:
@@ -207,7 +198,7 @@ def measure_packing(
             model = load_diffusion_model(str(path), host_formats=EXACT)
             model.set_model_compute_dtype(torch.float32)  # ComfyUI takes bfloat16 for its own types
             latents = painter.latents(model, count)
-            nbytes = sum(bytes_in_file(plan.types[name], maker.shapes[name])
+            nbytes = sum(pack_type(plan.types[name]).nbytes(maker.shapes[name])
                          for name in maker.blocks)
             values = sum(maker.tensors[name].numel() for name in maker.blocks)
             kinds = [plan.types[name] for name in maker.blocks]

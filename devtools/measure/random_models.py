@@ -19,7 +19,7 @@ from featherweight.loaders.comfyui.quantized_weights import in_parts
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.patcher import adopt
 
 LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}  # number and rank of LoRAs

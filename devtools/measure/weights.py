@@ -13,7 +13,7 @@ from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import packed_tensor, with_low_rank
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 
@@ -63,7 +63,7 @@ def random_weight(format_name: str, shape: tuple[int, ...]) -> PackedTensor:
     """A packed weight of random valid blocks; in ComfyUI's types of random values."""
     if format_name in ROW_TYPES:
         values = torch.randn(shape) / shape[1] ** 0.5
-        return pack_to_type(values, ROW_TYPES[format_name], is_plain=True)
+        return ROW_TYPES[format_name].pack(values, is_plain=True)
     packed_format, scale = format_for(format_name, shape[1]), None
     generator, values = np.random.default_rng(0), math.prod(shape)
     if format_name in FAMILIES:

@@ -389,9 +389,7 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     values = math.prod(shape)
     if type_name in PLAIN_DTYPES:
         return values * PLAIN_DTYPES[type_name].itemsize
-    packed = FORMATS[type_name]
-    scales = -(-values // packed.block_length) * packed.qparam_bytes()
-    return -(-values * packed.block_bytes // packed.block_length) + scales
+    return FORMATS[type_name].nbytes(values)
 
 
 # of the models in a pipeline's folder

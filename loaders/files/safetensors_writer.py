@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ...ops.formats.base import FORMATS
-from ...ops.packing.row_types import ROW_TYPES
+from ...ops.packing.pack_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import join_rows

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from comfy.supported_models_base import BASE
 
+from ...ops.packing.pack_types import pack_type
 from ..comfyui.contents import Contents
 from ..comfyui.detection import try_detect
 from ..comfyui.model_summary import title_of
 from ..container.weight_file import safe_repr
-from ..packing_rules import bits_per_value
 from ..quantizers.judgement import judge
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
@@ -22,7 +22,7 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
     coarse = [
         name for name, tensor in contents.tensors.items()
         if tensor.numel() == max(tensor.shape, default=0)
-        and bits_per_value(contents.formats[name]) < EXACT_BITS
+        and pack_type(contents.formats[name]).bits_per_value() < EXACT_BITS
     ]
     if coarse:
         subject = _count(coarse, "norm, bias or other vector is",

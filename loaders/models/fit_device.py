@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 
 from ...ops.layers import kitchen_products
+from ...ops.packing.pack_types import TYPES
 from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import GB, size_text
 from ..comfyui.compute import AUTOMATIC, FAST, host_multiplies, packed_formats
@@ -41,7 +42,7 @@ from ..packing.planning.fit import (
     step_tokens,
 )
 from ..packing.planning.plan import DIGITS, relative_error
-from ..packing_rules import Shapes, bytes_in_file
+from ..packing_rules import Shapes
 from ..quantizers.comfyui import row_type_of
 from .pack_on_load import PackedFrom, PackTo, measurement_of
 
@@ -140,7 +141,7 @@ def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
         return None
     weights = [weight for weight in patcher.model.diffusion_model.parameters()
                if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
-    size = sum(bytes_in_file(FAST_TYPE, tuple(weight.shape)) for weight in weights)
+    size = sum(TYPES[FAST_TYPE].nbytes(tuple(weight.shape)) for weight in weights)
     if not weights or size > total_memory(device):
         return None
     return (f"With {FAST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"

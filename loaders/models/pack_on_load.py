@@ -18,12 +18,11 @@ from typing import Protocol, TypeGuard
 import comfy.model_management
 import torch
 
-from ...ops.formats.base import FORMATS, FormatError, TooLargeError
+from ...ops.formats.base import FormatError, TooLargeError
 from ...ops.log import log
 from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
-from ...ops.packing.pack_tensor import pack_tensor
+from ...ops.packing.pack_types import LOAD, ROW_TYPES, TYPES, pack_type
 from ...ops.packing.relative_error import RelativeError, holds
-from ...ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
@@ -45,16 +44,14 @@ from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.imatrix import load_measurement
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
 from ..packing.layer_losses import WEIGHTS, loss_text, total
-from ..packing.planning.file_plan import TYPES as SAVE_TYPES
-from ..packing.planning.plan import AS_STORED, PlanError, plan_for_size, plan_for_type
-from ..packing_rules import Shapes, bytes_in_file, half_type
+from ..packing.planning.plan import STAYS, PlanError, plan_for_size, plan_for_type
+from ..packing_rules import Shapes, half_type
 from ..paths.folders import imatrix_of, packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
-# types that weights can be packed to: all that files are saved in but the coarsest
-TYPES = (*(name for name in SAVE_TYPES if name != "Q2_K"), *ROW_TYPES)
-PackTo = str | int  # one of TYPES, or the bytes that the best mix of types takes at most
+LOAD_TYPES = tuple(name for name, each in TYPES.items() if LOAD in each.menus)
+PackTo = str | int  # one of LOAD_TYPES, or the bytes that the best mix of types takes at most
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
 WHOLE_ROWS = 64  # are whole blocks of every type
@@ -258,10 +255,11 @@ def _stays(tensor: torch.Tensor | JoinedRows, type_name: str,
            is_for_size: bool) -> TypeGuard[PackedTensor]:
     """Returns whether a weight stays packed as it is in the file."""
     if is_for_size or not is_packed(tensor):
-        return type_name == AS_STORED
-    if type_name in ROW_TYPES:
-        return tensor.params.format == format_of(type_name, tuple(tensor.shape))
-    return not tensor.params.format.is_host_format
+        return type_name == STAYS
+    wanted, packed_format = pack_type(type_name), tensor.params.format
+    if wanted.is_host_type:
+        return packed_format == wanted.format_of(tuple(tensor.shape))
+    return not packed_format.is_host_format
 
 
 def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
@@ -274,7 +272,7 @@ def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
     for name in to_pack:
         sources[_source_format(weights[name])] += weights[name].numel()
     before = sum(_bytes_of(weights[name]) for name in to_pack)
-    after = sum(bytes_in_file(*wanted) for wanted in to_pack.values())
+    after = sum(pack_type(type_name).nbytes(shape) for type_name, shape in to_pack.values())
     types = dict.fromkeys(type_name for type_name, _ in to_pack.values())
     text = (f"{' + '.join(name for name, _ in sources.most_common())}, {size_text(before)}, becomes"
             f" {' + '.join(types)}, {size_text(after)}")
@@ -318,7 +316,7 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: PackTo,
         planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
     else:
         planned = plan_for_type(shapes, target, rules, halves).types
-    return {name: AS_STORED if name in fixed else planned[name.removeprefix(prefix)]
+    return {name: STAYS if name in fixed else planned[name.removeprefix(prefix)]
             for name in weights}
 
 
@@ -402,7 +400,7 @@ class _Packer:
         Args:
             name: for messages.
             tensor: the weight as stored.
-            type_name: one of `FORMATS` or `ROW_TYPES`.
+            type_name: one of `TYPES`.
         """
         try:
             return self._pack_on(self.device, name, tensor, type_name)
@@ -443,10 +441,7 @@ class _Packer:
         values, error = _read_dense(tensor, device), RelativeError()
         moments = self.measured and self.measured.moments(name.removeprefix(self.prefix))
         try:
-            if type_name in ROW_TYPES:
-                packed = pack_to_type(values, ROW_TYPES[type_name]).to(CPU)
-            else:
-                packed = pack_tensor(values, FORMATS[type_name], moments).to(CPU)
+            packed = pack_type(type_name).pack(values, moments).to(CPU)
             self.guard()
             error.add(values, packed)
             output_error = None

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from ...ops.bounded_json import read_json
-from ...ops.packing.row_types import format_of
+from ...ops.packing.pack_types import TYPES, pack_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..comfyui.quantized_weights import as_tensors, read_marked
 from ..container.weight_file import PLAIN_DTYPES, WeightFile, safe_repr
@@ -41,7 +41,6 @@ from ..packing.planning.file_plan import (
 )
 from ..packing.save import save
 from ..packing.source import CONFIG, MARKERS, Source, Weight
-from ..packing_rules import PLAIN_BYTES
 
 NOTE = "featherweight.entry"
 # most bytes of a file's header, beyond those of the weights: of all, and of each weight
@@ -142,9 +141,9 @@ def _checked(name: str, tensor: torch.Tensor, type_name: str,
         tensor = tensor.view(shape)  # GGUF has no scalars
     if is_packed(tensor):
         is_expected = (type_name not in PLAIN_DTYPES
-                       and tensor.params.format == format_of(type_name, shape))
+                       and tensor.params.format == pack_type(type_name).format_of(shape))
     else:
-        plain = [PLAIN_DTYPES[plain_name] for plain_name in PLAIN_BYTES]
+        plain = [PLAIN_DTYPES[each.name] for each in TYPES.values() if each.is_plain]
         is_expected = not isinstance(tensor, QuantizedTensor) and tensor.dtype in plain
     if not is_expected or tuple(tensor.shape) != shape:
         raise ValueError(f"{safe_repr(name)} is not {type_name} of shape {shape}")

@@ -12,7 +12,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
-from ...ops.packing.row_types import ROW_TYPES
+from ...ops.packing.pack_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.compute import AUTOMATIC, EXACT, computing, packed_formats
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model

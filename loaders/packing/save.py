@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from ...ops.formats.base import FORMATS, FormatError, TooLargeError
+from ...ops.formats.base import FormatError, TooLargeError
 from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
-from ...ops.packing.pack_tensor import pack_tensor
+from ...ops.packing.pack_types import ROW_TYPES, TYPES, pack_type
 from ...ops.packing.relative_error import SAMPLE_VALUES, RelativeError, float_values
-from ...ops.packing.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.row_source import RowSource
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
@@ -31,7 +30,7 @@ from ..container.weight_file import PLAIN_DTYPES, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
-from ..packing_rules import bits_per_value, bytes_in_file, divides_rows, with_fallback
+from ..packing_rules import with_fallback
 from .layer_losses import RESULT, WEIGHTS, layer_lines, loss_sentences
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, errors_of_result, plain_type
@@ -178,7 +177,7 @@ class WeightPacker:
                 _reject_bad_values(tensor, weight)
             return type_name, [tensor]
         packed = self._try_pack(weight, type_name)
-        is_coarser = bits_per_value(type_name) < bits_per_value(FINER)
+        is_coarser = pack_type(type_name).bits_per_value() < TYPES[FINER].bits_per_value()
         if packed and packed.loses_change and self.allow_finer and is_coarser:
             finer = with_fallback(FINER, weight.shape, HALF)
             self.notes.append(
@@ -233,14 +232,15 @@ class WeightPacker:
         Raises:
             SaveError: where no type holds the values within the size of the file.
         """
-        max_bytes, bits = self.plan.max_bytes, bits_per_value(type_name)
+        max_bytes, bits = self.plan.max_bytes, pack_type(type_name).bits_per_value()
         smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
         if self.plan.is_safetensors:
             smaller = [each for each in self.plan.options.row_types
-                       if bits_per_value(each) >= 8 and divides_rows(each, weight.shape)]
+                       if TYPES[each].bits_per_value() >= 8 and TYPES[each].takes(weight.shape)]
         too_large = None  # the first type that the size leaves no room for
         for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
-            nbytes, other_bits = self._nbytes_with(weight, type_name, other), bits_per_value(other)
+            nbytes = self._nbytes_with(weight, type_name, other)
+            other_bits = pack_type(other).bits_per_value()
             is_allowed = (
                 max_bytes is None
                 or other_bits == bits
@@ -266,9 +266,9 @@ class WeightPacker:
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""
-        more = bytes_in_file(other, weight.shape) - bytes_in_file(type_name, weight.shape)
-        padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
-        return self.nbytes + more + padding
+        before, after = pack_type(type_name), pack_type(other)
+        padding = DEFAULT_ALIGNMENT if after.bits_per_value() > before.bits_per_value() else 0
+        return self.nbytes + after.nbytes(weight.shape) - before.nbytes(weight.shape) + padding
 
     def _try_pack(self, weight: Weight, type_name: str, dither: bool = False) -> _Packed | None:
         """Packs a weight in a type, None where the type cannot hold its values."""
@@ -424,15 +424,12 @@ class WeightPacker:
             return piece.cpu() if piece.isfinite().all() else None
         device = self.source.device
         try:
-            if isinstance(values, RowSource):
-                return pack_to_type(values, ROW_TYPES[type_name], moments).to("cpu")
-            if type_name in ROW_TYPES:
-                return pack_to_type(values.to(device), ROW_TYPES[type_name], moments).to("cpu")
-            packed_format = FORMATS[type_name]
             if dither:
                 dithered = _round_to_q8_0(values).to(device)
-                return pack_tensor(dithered, packed_format, reference=True).to("cpu")
-            return pack_tensor(values.to(device), packed_format, moments=moments).to("cpu")
+                return pack_type(type_name).pack(dithered, is_plain=True).to("cpu")
+            if isinstance(values, torch.Tensor):
+                values = values.to(device)
+            return pack_type(type_name).pack(values, moments).to("cpu")
         except TooLargeError:
             return None
         except FormatError as error:

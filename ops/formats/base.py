@@ -248,6 +248,11 @@ class Format:
         return sum(qparam.dtype.itemsize * qparam.count
                    for qparam in self.qparams if not qparam.is_shared)
 
+    def nbytes(self, values: int) -> int:
+        """Returns the bytes of a weight of some values, with its `qparams`."""
+        return (-(-values * self.block_bytes // self.block_length)
+                + -(-values // self.block_length) * self.qparam_bytes())
+
     def terms(self, blocks: torch.Tensor) -> Terms:
         """Returns the terms of some blocks, uint8 (n, block_bytes), whose rows may be strided."""
         raise NotImplementedError

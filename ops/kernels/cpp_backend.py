@@ -81,9 +81,6 @@ SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
-# families of rows that are packed: those of `ops.packing.row_types`
-ENCODED = frozenset(("INT8_ROWS", "INT8_CONVROT", "INT4_CONVROT", "F8_E4M3", "MXFP8", "NVFP4_ROWS",
-                     "W4A8"))
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 # A compiler that takes longer is ended, and torch does the work. At first Zig makes its own
 # libraries: for Windows in a minute on two fast cores.
@@ -495,6 +492,7 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         return Kernel(name, formats, frozenset(dtypes), late_bound_method(kernels, name))
 
     no_format, halves = frozenset[str](), (torch.float16, torch.bfloat16)
+    of_rows = frozenset((RowFormat.__name__,))  # only those that `RowEncoder` encodes are asked for
     by_avx512 = Kernel("linear", MULTIPLIED | PLAIN, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
@@ -508,8 +506,8 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         *([kernel("attention", no_format, *C_TYPES)] if cpu_features.is_x86() else []),
         kernel("pack_blocks", FORMAT_NAMES, torch.float32),
         kernel("pack_columns", FORMAT_NAMES, torch.float32),
-        kernel("pack_rows", ENCODED, *C_TYPES),
-        kernel("pack_row_columns", ENCODED, *C_TYPES),
+        kernel("pack_rows", of_rows, *C_TYPES),
+        kernel("pack_row_columns", of_rows, *C_TYPES),
     )
 
 

@@ -163,12 +163,9 @@ def _normalized(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _error_weights(values: torch.Tensor, start: int,
                    importance: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the weights of the squared errors of blocks, (n, length), or None for equal weights.
+    """Returns the weights of the squared errors of blocks, (n, length), None for equal ones.
 
-    Args:
-        values: The blocks, (n, length).
-        start: Index of their first value in the weight.
-        importance: float32 (K,), or None.
+    start: of the blocks' first value in the weight. importance: float32 (K,), or None.
     """
     if importance is None:
         return None

@@ -11,7 +11,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 
 from devtools import ROOT
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 TABLES = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))
 RECORDED, EQUAL_BYTES = TABLES["host_types"], TABLES["equal_bytes"]
@@ -49,7 +49,7 @@ def test_without_a_measurement_no_weight_is_worse_than_by_comfy_kitchen(kind, tm
     weights = {name: weights[name] for name in packing_error.block_matrices(weights)}
     weights |= random_weights()
     for name, packed in host_type_packing.by_kitchen(weights, kind, tmp_path).items():
-        own = pack_to_type(weights[name], ROW_TYPES[kind]).dequantize()
+        own = ROW_TYPES[kind].pack(weights[name]).dequantize()
         errors = [float((values.double() - weights[name].double()).norm())
                   for values in (own, packed.dequantize())]
         assert errors[0] <= (1 + TIES) * errors[1], name

@@ -30,7 +30,7 @@ from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.pack_model import pack_model
-from featherweight.loaders.models.pack_on_load import TYPES
+from featherweight.loaders.models.pack_on_load import LOAD_TYPES
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.read_anyway import VARIABLE
@@ -193,7 +193,7 @@ def notes_of(part) -> str:
 
 
 def packed(path) -> str:
-    return notes_of(load_diffusion_model(str(path), pack_to=random.choice(TYPES)))
+    return notes_of(load_diffusion_model(str(path), pack_to=random.choice(LOAD_TYPES)))
 
 
 def inspected(path) -> str:

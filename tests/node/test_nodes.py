@@ -18,7 +18,7 @@ import featherweight.nodes
 import nodes as host_nodes
 from devtools import ROOT
 from featherweight.loaders.container.weight_file import WeightFileError, map_file
-from featherweight.loaders.models.pack_on_load import TYPES
+from featherweight.loaders.models.pack_on_load import LOAD_TYPES
 from featherweight.loaders.paths import folders
 from featherweight.nodes import help_pages, release_files_on_error
 from featherweight.nodes.remote_prompts import watch_prompts
@@ -85,7 +85,7 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     assert (
         pack_to.optional
         and pack_to.default == "no change"
-        and pack_to.options == ["no change", "fit this GPU", *TYPES, "mix for a size"]
+        and pack_to.options == ["no change", "fit this GPU", *LOAD_TYPES, "mix for a size"]
     )
     assert inputs[-1].id == "size_gb" and inputs[-1].advanced and inputs[-1].optional
     parameters = inspect.signature(NODES[node_id].execute).parameters

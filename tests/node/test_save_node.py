@@ -29,7 +29,7 @@ from featherweight.nodes.save_packed_model import (
     RENAMED_LORAS,
     SavePackedModel,
 )
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -18,7 +18,7 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.layers import product  # noqa: F401
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*GGML_FORMATS.values(), *CODEBOOKS, INT8.of_columns(96)]

@@ -15,7 +15,7 @@ LONG = ("node/test_training.py", "node/test_host_nodes.py", "devtools/test_gpu_r
 # Files whose tests compile the same kernels, which a process keeps.
 COMPILING = tuple(f"ops/{name}.py" for name in (
     "kernels/test_backends", "kernels/test_cpp_backend", "kernels/test_rows",
-    "packing/test_packing_feedback", "packing/test_packing_magnitudes", "packing/test_row_types",
+    "packing/test_packing_feedback", "packing/test_packing_magnitudes", "packing/test_pack_rows",
     "layers/test_one_pass_attention", "layers/test_lora_on_host_products",
     "layers/test_cpu_convolution"))
 # Files whose tests read the same models, which a process writes once.

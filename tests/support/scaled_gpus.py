@@ -26,10 +26,10 @@ import torch
 from families import FAMILIES, Family, host_model, shrunken_detection
 from safetensors.torch import save_file
 
-from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.packing.planning import fit
 from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace
+from featherweight.ops.packing import pack_types
 from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
@@ -202,7 +202,7 @@ def packing_of_repeated_rows() -> Iterator[None]:
 
     The blocks of GGUF's types do not depend on one another, so that the result is the same.
     """
-    def pack(values: torch.Tensor, packed_format: Format, moments: None) -> torch.Tensor:
+    def pack(values: torch.Tensor, packed_format: Format, *_) -> torch.Tensor:
         if len(values) <= PERIOD or values.shape[1] % packed_format.block_length:
             return pack_tensor(values, packed_format)
         assert torch.equal(values[PERIOD:2 * PERIOD], values[:PERIOD][:len(values) - PERIOD])
@@ -211,5 +211,5 @@ def packing_of_repeated_rows() -> Iterator[None]:
         data = data.repeat(-(-len(values) // PERIOD), 1)[:len(values)].contiguous()
         return packed_tensor(packed_format, data, values.shape)
 
-    with mock.patch.object(pack_on_load, "pack_tensor", pack):
+    with mock.patch.object(pack_types, "pack_tensor", pack):
         yield

@@ -37,16 +37,13 @@ def packed_cache(folder: Path) -> Target:
     from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.files.packed_cache import read as read_cache
     from featherweight.loaders.models.packed_entry import read_entry, write_entry
-    from featherweight.ops.formats.base import FORMATS
-    from featherweight.ops.packing.pack_tensor import pack_tensor
-    from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+    from featherweight.ops.packing.pack_types import TYPES
 
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.weight": (name, (16, 64)) for name in ("NF4", "int8_convrot", "nvfp4")}
     wanted["plain.bias"] = "F32", (4,)
-    packed = {name: pack_to_type(torch.ones(shape), ROW_TYPES[kind]) if kind in ROW_TYPES
-              else pack_tensor(torch.ones(shape), FORMATS[kind]) if kind in FORMATS
-              else torch.ones(shape) for name, (kind, shape) in wanted.items()}
+    packed = {name: torch.ones(shape) if TYPES[kind].is_plain
+              else TYPES[kind].pack(torch.ones(shape)) for name, (kind, shape) in wanted.items()}
     source, entry = folder / "source.safetensors", folder / "featherweight-0.safetensors"
     save_file({"a": torch.ones(1)}, source)
     write_entry(entry, open_weights(source), packed, 0.0)

@@ -24,7 +24,7 @@ from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops import kernels
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize.second_moments import BLOCK, SecondMoments
 
 TOKENS = 2048  # that the inputs were measured with
@@ -51,7 +51,7 @@ def bench_comfy(options):
                 layout, arguments = LAYOUTS[name]
                 variants["ComfyUI's"] = functools.partial(QuantizedTensor.from_float, weight,
                                                           layout, **arguments)
-            pack = functools.partial(pack_to_type, weight, row_type)
+            pack = functools.partial(row_type.pack, weight)
             variants |= {"plain": functools.partial(pack, is_plain=True), "searched": pack,
                          "with feedback": functools.partial(pack, moments)}
             with set_torch_threads(count):

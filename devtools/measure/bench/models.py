@@ -26,7 +26,7 @@ from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.comfyui.quantized_weights import in_parts
 from featherweight.loaders.quantizers.comfyui import layer_parts
 from featherweight.ops.layers import product
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed
 
 

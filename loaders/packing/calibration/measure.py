@@ -10,10 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ....ops.formats.base import FORMATS
 from ....ops.packing.method_choice import output_errors
-from ....ops.packing.pack_tensor import pack_tensor
-from ....ops.packing.row_types import ROW_TYPES, pack_to_type
+from ....ops.packing.pack_types import ROW_TYPES, TYPES
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
 from ...comfyui.foreign_weights import reject_foreign_weights
@@ -111,11 +109,7 @@ def measurement_of(patcher, collector: Collector, progress: Progress, about: dic
 
 
 def usual_steps(matrices: int) -> int:
-    """Returns the steps of a measurement as the node is set at first.
-
-    Args:
-        matrices: of the model.
-    """
+    """Returns the steps of a measurement of so many matrices as the node is set at first."""
     return SamplingRun.samples * SamplingRun.steps + THOROUGHNESS[NORMAL][0] * matrices
 
 
@@ -126,11 +120,11 @@ def run_type(types: Sequence[str]) -> str:
 
 def quantize_layer(weight: torch.Tensor, type_name: str, moments: SecondMoments) -> PackedTensor:
     """Packs a layer's weight with error feedback by the moments of its inputs."""
-    return pack_tensor(weight, FORMATS[type_name], moments=moments)
+    return TYPES[type_name].pack(weight, moments)
 
 
 def weight_errors(weight: torch.Tensor, importance: torch.Tensor) -> dict[str, float]:
-    """Returns the error of some rows of a weight in each type that it may be packed to.
+    """Returns type -> power of the error of some rows of a weight, of each type that it may take.
 
     The error of the layer's output is nearly proportional to it, in a weight that is packed with
     error feedback. Without, most of the output's error is what error feedback cancels, which says
@@ -139,25 +133,19 @@ def weight_errors(weight: torch.Tensor, importance: torch.Tensor) -> dict[str, f
     Args:
         weight: float32 (N, K).
         importance: of the layer's inputs (K,), by which GGUF types choose their scales.
-
-    Returns:
-        Type -> power of the error.
     """
     rows, shape = sample_rows(weight), tuple(weight.shape)
-    packed = {type_name: pack_tensor(rows, FORMATS[type_name], importance=importance)
-              for type_name in (*types_for(shape), "NF4")}
-    packed |= {type_name: pack_to_type(rows, row_type)
-               for type_name, row_type in ROW_TYPES.items() if row_type.takes(shape)}
-    return {type_name: float((tensor.dequantize() - rows).square().sum())
-            for type_name, tensor in packed.items()}
+    names = (*types_for(shape), "NF4",
+             *(name for name, row_type in ROW_TYPES.items() if row_type.takes(shape)))
+    packed = {name: TYPES[name].pack(rows, importance=importance) for name in names}
+    return {name: float((tensor.dequantize() - rows).square().sum())
+            for name, tensor in packed.items()}
 
 
 def scale_costs(measured: dict[str, float], errors: dict[str, float]) -> dict[str, float]:
-    """Returns type -> cost: those of types that were not measured follow from the errors.
+    """Returns type -> cost: those of types that were not measured follow from `weight_errors`.
 
-    Args:
-        measured: type -> cost, of `run_type` and perhaps others.
-        errors: of `weight_errors`.
+    measured: type -> cost, of `run_type` and perhaps others.
     """
     known = run_type(list(measured))
     unit = measured[known] / max(errors[known], TINY)
@@ -207,13 +195,8 @@ class Costs:
 
     def output_error(self, layer: torch.nn.Linear, weight: torch.Tensor,
                      packed_weight: PackedTensor) -> float:
-        """Returns the power of the output's error over that of the output, the mean of the steps.
-
-        Args:
-            layer: whose weight is packed.
-            weight: the layer's own, float32 (N, K).
-            packed_weight: the same, packed.
-        """
+        """Returns the power of the output's error over that of the output, the mean of the steps,
+        where a layer's own weight, float32 (N, K), is packed."""
         with add_delta(layer, packed_weight.dequantize() - weight):
             outputs = self._outputs()
         return sum(
@@ -223,13 +206,7 @@ class Costs:
 
     def measure_layer(self, layer: torch.nn.Linear, weight: torch.Tensor,
                       moments: SecondMoments) -> dict[str, float]:
-        """Returns type -> cost of a layer.
-
-        Args:
-            layer: of the model.
-            weight: the layer's, float32 (N, K).
-            moments: of the layer's inputs.
-        """
+        """Returns type -> cost of a layer with a weight, float32 (N, K); moments: of its inputs."""
         types = types_for(tuple(weight.shape))
         measured = {
             type_name: self.output_error(layer, weight, quantize_layer(weight, type_name, moments))
@@ -239,27 +216,15 @@ class Costs:
 
 
 def errors_of_layer(weight: torch.Tensor, moments: SecondMoments) -> list[float]:
-    """Returns the power of the error of a layer's output over the output's, in `run_type`.
-
-    Args:
-        weight: float32 (N, K), of which some rows tell it.
-        moments: of the layer's inputs.
-
-    Returns:
-        Packed by the moments, and without them.
-    """
+    """Returns the power of the error of a layer's output over the output's, in `run_type`: packed
+    by the moments of its inputs, and without. Some rows of its weight, float32 (N, K), tell it."""
     rows, type_name = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
-    packed = [quantize_layer(rows, type_name, moments), pack_tensor(rows, FORMATS[type_name])]
+    packed = [quantize_layer(rows, type_name, moments), TYPES[type_name].pack(rows)]
     return output_errors(rows, packed, moments)
 
 
 def estimate_costs(weight: torch.Tensor, moments: SecondMoments, error: float) -> dict[str, float]:
-    """Returns type -> cost without runs of the model: a layer's own error, with error feedback.
-
-    Args:
-        weight: float32 (N, K).
-        moments: of the layer's inputs.
-        error: in `run_type`, of `errors_of_layer`.
-    """
+    """Returns type -> cost of a weight, float32 (N, K), without runs of the model: the layer's own
+    error with error feedback, which is the first of `errors_of_layer`."""
     measured = {run_type(types_for(tuple(weight.shape))): error}
     return scale_costs(measured, weight_errors(weight, moments.importance))

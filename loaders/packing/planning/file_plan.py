@@ -8,8 +8,7 @@ from pathlib import Path
 
 from comfy.quant_ops import QUANT_ALGOS
 
-from ....ops.formats.base import FORMATS
-from ....ops.packing.row_types import ROW_TYPES
+from ....ops.packing.pack_types import ROW_TYPES, SAVE, TYPES, pack_type
 from ...byte_sizes import size_text
 from ...comfyui.model_summary import title_of
 from ...container.weight_file import PLAIN_DTYPES
@@ -17,15 +16,7 @@ from ...families import rules_for
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
 from ...name_lists import join_some
-from ...packing_rules import (
-    HALVES,
-    PLAIN_BYTES,
-    Shapes,
-    bits_per_value,
-    bytes_in_file,
-    divides_rows,
-    with_fallback,
-)
+from ...packing_rules import HALVES, Shapes, with_fallback
 from ..calibration.sensitivity import Sensitivity
 from ..layer_losses import LOSS_IN_LAYERS, LOSS_KEY, RESULT, loss_text, total
 from ..source import Source, Weight
@@ -40,8 +31,10 @@ from .plan import (
 )
 
 LORA_TYPE = "Q6_K"  # the least type for coarsely quantized weights with a LoRA
-# The types that people are offered, the finest first; the loaders offer all but the last of GGUF.
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
+LORA_BITS, HALF_BITS = (TYPES[name].bits_per_value() for name in (LORA_TYPE, HALVES[0]))
+# GGUF types and NF4, the finest first
+SAVE_TYPES = tuple(name for name, each in TYPES.items()
+                   if SAVE in each.menus and name not in ROW_TYPES)
 # ComfyUI's own types that this ComfyUI reads; int8_convrot is called int8_tensorwise in files.
 HOST_TYPES = tuple(
     name for name in ROW_TYPES if name == "int8_convrot" or name in QUANT_ALGOS)
@@ -128,7 +121,7 @@ class FilePlan:
             shapes = self.source.model.shapes
             rules = rules_for(shapes)
             packed = [
-                name for name, shape in shapes.items() if self.types[name] not in PLAIN_BYTES
+                name for name, shape in shapes.items() if not pack_type(self.types[name]).is_plain
                 and rules.may_be_packed(name, shape)
             ]
             notes += self.options.sensitivity.notes(packed, self.max_bytes is not None)
@@ -141,19 +134,18 @@ class FilePlan:
             weight = self.source.weights[name]
             values[weight.stored_type, type_name] += weight.values
         lossy = [(before, after) for (before, after), count in values.most_common()
-                 if before != after and not {before, after} & PLAIN_BYTES.keys()
-                 and count > PACKED_SHARE * values.total()]
+                 if before != after and count > PACKED_SHARE * values.total()
+                 and not (pack_type(before).is_plain or pack_type(after).is_plain)]
         if not lossy:
             return []
         befores, afters = (dict.fromkeys(names) for names in zip(*lossy))
-        titles = [name if name in ROW_TYPES else title_of(name) for name in befores]
-        return [f"{' and '.join(titles)} becomes {' and '.join(afters)}: the"
+        return [f"{' and '.join(map(title_of, befores))} becomes {' and '.join(afters)}: the"
                 " weights lose a second time, and no type restores what they have lost before."
                 " Start from the original model if you can."]
 
     def _notes_on_widths(self) -> list[str]:
         """Returns a note on weights whose shapes the row type asked for does not hold."""
-        if not isinstance(self.target, str) or self.target not in ROW_TYPES:
+        if self.target not in ROW_TYPES:
             return []
         shapes = self.source.model.shapes
         others = [name for name in rules_for(shapes).row_names(shapes, self.target)
@@ -190,13 +182,12 @@ class FilePlan:
         """
         names = set()
         for name in self.source.patched_names if self.options.keep_loras else ():
-            weight = self.source.weights[name]
-            bits = bits_per_value(weight.stored_type)
-            is_packed = bits < bits_per_value(HALVES[0])
-            if self.types[name] in ROW_TYPES:
-                is_packed = self.types[name] == weight.stored_type
+            weight, planned = self.source.weights[name], pack_type(self.types[name])
+            bits = pack_type(weight.stored_type).bits_per_value()
+            is_packed = (planned.name == weight.stored_type if planned.is_host_type
+                         else bits < HALF_BITS)
             if (len(weight.shape) > 1 and is_packed
-                    and bits_per_value(self.types[name]) >= min(bits, bits_per_value(LORA_TYPE))):
+                    and planned.bits_per_value() >= min(bits, LORA_BITS)):
                 names.add(name)
         return names
 
@@ -245,15 +236,8 @@ def reject_own_files(path: str | os.PathLike, *sources: Source):
 
 
 def suffix_for(source: Source, target: str | int, row_types: Collection[str] = ()) -> str:
-    """Returns ".safetensors" for NF4 and ComfyUI's own types, or for a model that keeps them.
-
-    And for a whole checkpoint; otherwise ".gguf".
-
-    Args:
-        source: what is saved.
-        target: as for `plan_file`.
-        row_types: of the options.
-    """
+    """Returns ".safetensors" for a whole checkpoint, NF4 and ComfyUI's own types, and for a model
+    that keeps them, else ".gguf". target: as for `plan_file`; row_types: of the options."""
     stored = {weight.stored_type for weight in source.weights.values()}
     keeps_safetensors = target == KEEP_TYPES and stored & safetensors_writer.PACKED_TYPES
     is_one = source.parts or row_types or target in safetensors_writer.PACKED_TYPES
@@ -286,17 +270,12 @@ def plain_type(weight: Weight, safetensors: bool) -> str:
 
 def errors_of_result(source: Source, types: Mapping[str, str],
                      options: SaveOptions) -> dict[str, float]:
-    """Returns the errors that packing causes in the model's output, for `layer_losses`.
-
-    Args:
-        source: of the weights.
-        types: name -> type of each.
-        options: for their measurement, without which, or its costs, nothing is returned.
-    """
+    """Returns the errors that packing to types causes in the model's output, for `layer_losses`;
+    nothing without a measurement, or its costs, in the options."""
     if options.sensitivity is None or options.sensitivity.loss_kind != RESULT:
         return {}
     shapes = source.model.shapes
-    packed = {name: types[name] for name in shapes if types[name] not in PLAIN_BYTES
+    packed = {name: types[name] for name in shapes if not pack_type(types[name]).is_plain
               and not source.weights[name].is_copied(types[name])}
     return expected_errors(packed, shapes, options.sensitivity.costs)
 
@@ -332,11 +311,11 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
         types = plan_for_type(shapes, target, rules_for(shapes), source.halves).types
         for name, type_name in types.items():
             # A quantized weight that is to stay exact is copied: no type makes it more exact.
-            is_copied = type_name in PLAIN_BYTES or weights[name].stored_type == target
+            is_copied = pack_type(type_name).is_plain or weights[name].stored_type == target
             if is_copied and name not in least and not safetensors and _is_ggml(weights[name]):
                 types[name] = weights[name].stored_type
     for name, type_name in least.items():
-        if bits_per_value(types[name]) < bits_per_value(type_name):
+        if pack_type(types[name]).bits_per_value() < pack_type(type_name).bits_per_value():
             types[name] = type_name
     return Plan(types)
 
@@ -400,20 +379,16 @@ def _least_types(source: Source) -> dict[str, str]:
     for name in source.patched_names:
         weight = source.weights[name]
         if (weight.is_number and len(weight.shape) > 1
-                and bits_per_value(weight.stored_type) < bits_per_value(LORA_TYPE)):
+                and pack_type(weight.stored_type).bits_per_value() < LORA_BITS):
             types[name] = with_fallback(LORA_TYPE, weight.shape, weight.half)
     return types
 
 
 def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
                    options: SaveOptions) -> Plan:
-    """Chooses the best types of at most `nbytes`.
+    """Chooses the best types of at most `nbytes` for all tensors.
 
-    Args:
-        source: of the weights.
-        nbytes: of all tensors.
-        least: name -> type of weights whose LoRAs are to arrive whole, which take that type.
-        options: for their measurement and `row_types`.
+    least: name -> type of weights whose LoRAs are to arrive whole, which take that type.
     """
     shapes = source.shapes
     family = rules_for(shapes)
@@ -484,7 +459,7 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
 def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
     sizes = Counter()
     for name, type_name in plan.types.items():
-        sizes[type_name] += bytes_in_file(type_name, shapes[name])
+        sizes[type_name] += pack_type(type_name).nbytes(shapes[name])
     main_type = sizes.most_common(1)[0][0] if sizes else ""
     metadata = {"general.architecture": rules_for(shapes).architecture, "general.name": path.stem,
                 "general.quantization_version": gguf_writer.QUANTIZATION_VERSION}
@@ -499,8 +474,8 @@ def _warnings(source: Source) -> list[str]:
     values = Counter()
     for weight in source.weights.values():
         values[weight.stored_type] += weight.values
-    coarse = [type_name for type_name in values if bits_per_value(type_name) < COARSE_BITS
-              and values[type_name] > PACKED_SHARE * values.total()]
+    coarse = [name for name in values if pack_type(name).bits_per_value() < COARSE_BITS
+              and values[name] > PACKED_SHARE * values.total()]
     if not coarse:
         return []
     return [
@@ -510,23 +485,18 @@ def _warnings(source: Source) -> list[str]:
 
 
 def _is_ggml(weight: Weight) -> bool:
-    """Returns whether a weight may be written in its own type of GGUF.
-
-    A type whose blocks do not divide the rows, as in files of ComfyUI-GGUF, can only be copied.
-    """
-    stored_type = weight.stored_type
-    packed_format = FORMATS.get(stored_type)
-    if packed_format is None or packed_format.ggml_type is None or stored_type in HALVES:
-        return False
-    return divides_rows(stored_type, weight.shape) or (weight.is_whole and not weight.patches)
+    """Returns whether a weight may be written in its own type of GGUF. One whose blocks do not
+    divide the rows, as in files of ComfyUI-GGUF, can only be copied."""
+    stored = pack_type(weight.stored_type)
+    return stored.is_gguf and (stored.takes(weight.shape)
+                               or (weight.is_whole and not weight.patches))
 
 
 def keep_type(weight: Weight, safetensors: bool) -> str:
     """Returns the type a weight is stored in where a file can hold it, else its 16-bit type."""
-    stored_type = weight.stored_type
+    stored = pack_type(weight.stored_type)
     is_writable = _is_ggml(weight)
     if safetensors:
-        is_writable = stored_type in safetensors_writer.PACKED_TYPES and (
-            stored_type not in ROW_TYPES or not weight.patches
-            or divides_rows(stored_type, weight.shape))
-    return stored_type if is_writable or stored_type in PLAIN_BYTES else weight.half
+        is_writable = stored.name in safetensors_writer.PACKED_TYPES and (
+            not weight.patches or stored.takes(weight.shape))
+    return stored.name if is_writable or stored.is_plain else weight.half

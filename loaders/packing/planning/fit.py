@@ -35,10 +35,11 @@ from comfy.cli_args import args
 from comfy.supported_models_base import BASE
 
 from ....ops.layers.workspace import DEVICE_WORKSPACE_BYTES
+from ....ops.packing.pack_types import GGUF_TYPES, TYPES
 from ....ops.tensor.packed_layout import is_packed
 from ...devices import CPU, total_memory
 from ...families import model_of, rules_for
-from ...packing_rules import PLAIN_BYTES, PackingRules, Shapes
+from ...packing_rules import PackingRules, Shapes
 from ..layer_losses import WEIGHTS, loss_text
 from .plan import bytes_as_good_as, least_bytes, plan_for_type, relative_error
 
@@ -54,7 +55,7 @@ UNKNOWN_STEP_SHARE = 1 / 4  # of a GPU, for models whose step is not known
 FAST_TYPE = "int8_convrot"
 FAST_FORMAT = "int8_tensorwise"  # ComfyUI's name of it
 FLOOR, LAST_FLOOR = "Q4_K", "Q3_K"  # types below which weights go only where memory ends
-GRADES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # that a mix may be as good as
+GRADES = [name for name in GGUF_TYPES if not TYPES[name].needs_measurement]
 MAIN_SHARE = 0.6  # of the main memory, for all files of a model and its text encoder
 ENCODER_BYTES = 0.6  # of a value of a text encoder in FLOOR
 HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
@@ -393,7 +394,7 @@ def shares(size: int, files: Sequence[Weights]) -> tuple[int, ...]:
 def workspace_bytes(shapes: Shapes) -> int:
     """Returns the bytes of the workspace on a GPU: of the largest matrix in 16 bits, at most what
     a layer dequantises at a time."""
-    return min(DEVICE_WORKSPACE_BYTES, PLAIN_BYTES["BF16"] * max(
+    return min(DEVICE_WORKSPACE_BYTES, HALF_BYTES * max(
         (math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0))
 
 

@@ -7,26 +7,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
-from ....ops.packing.row_types import ROW_TYPES
+from ....ops.packing.pack_types import GGUF_TYPES, ROW_TYPES, TYPES, pack_type
 from ....ops.stable_names import short_error_name
 from ...byte_sizes import size_text, type_lines, type_shares, unit_of
-from ...packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
+from ...packing_rules import PackingRules, Shapes, with_fallback
 from .choose_types import bytes_for_costs, choose_types
 
-# Type -> dB of the weights' power over the error's: means over the matrices of the demo's model;
-# for Q8_0 and types in blocks of 32, over normally distributed weights.
-SIGNAL_TO_ERROR = {
-    "Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4,
-    "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0,
-    "convrot_w4a4": 19.5, "nvfp4": 21.7, "asym_w4a8_int8": 23.0, "mxfp8": 31.5,
-    "float8_e4m3fn": 31.5, "int8_convrot": 42.9, "NF4": 21.3
-}
 # Power of int8_convrot's error with the inputs rounded too over that with exact ones, of the demo.
 ROUNDED_INPUTS = 10 ** 0.22
-BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-AS_STORED = "as stored"  # in place of the type of a weight that is packed already, and stays
+STAYS = "as stored"  # in place of the type of a weight that is packed already, and stays
 DIGITS = 2  # decimal places of sizes in messages
-IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
 
 
 @short_error_name
@@ -66,7 +56,8 @@ class Plan:
 
     def nbytes(self, shapes: Shapes) -> int:
         """Returns the bytes of all tensors together, without header and padding."""
-        return sum(bytes_in_file(type_name, shapes[name]) for name, type_name in self.types.items())
+        return sum(pack_type(type_name).nbytes(shapes[name])
+                   for name, type_name in self.types.items())
 
     def text(self, shapes: Shapes) -> str:
         """Returns a line for each type, the one with the most bytes first: tensors, bytes, share.
@@ -80,7 +71,7 @@ class Plan:
     def _totals(self, shapes: Shapes) -> dict[str, tuple[int, int]]:
         counts, sizes = Counter(self.types.values()), Counter()
         for name, type_name in self.types.items():
-            sizes[type_name] += bytes_in_file(type_name, shapes[name])
+            sizes[type_name] += pack_type(type_name).nbytes(shapes[name])
         return {type_name: (count, sizes[type_name]) for type_name, count in counts.items()}
 
     def json(self) -> str:
@@ -104,35 +95,34 @@ class Plan:
 
 
 def types_for(shape: tuple[int, ...]) -> list[str]:
-    """Returns the packed types among which a plan for a size chooses, smallest first."""
-    packed = [type_name for type_name in BY_SIZE if divides_rows(type_name, shape)]
-    if len(packed) < len(BY_SIZE):
-        packed = [type_name for type_name in IN_BLOCKS_OF_32 if divides_rows(type_name, shape)]
-    return packed
+    """Returns the GGUF types among which a plan for a size chooses, smallest first: those that are
+    offered, or where blocks of some do not divide the rows, all whose blocks do."""
+    names = [name for name, each in TYPES.items() if each.is_gguf and each.takes(shape)]
+    if set(GGUF_TYPES) <= set(names):
+        names = GGUF_TYPES
+    return sorted(names, key=lambda name: TYPES[name].bits_per_value())
 
 
 def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
                   halves: Mapping[str, str] | None = None) -> Plan:
     """Plans one type for every matrix that may be packed, or the type that replaces it.
 
-    NF4 and FP4 leave lookup tables exact, as Forge's files do. Beside a row type, what stays exact
-    has its 16-bit type, as in ComfyUI's own files.
+    Beside a row type, what stays exact has its 16-bit type, as in ComfyUI's own files.
 
     Args:
         shapes: name -> logical shape, in the host's names without prefix.
-        type_name: a key of FORMATS or ROW_TYPES, or a plain type.
+        type_name: a key of TYPES.
         family: the rules of the model.
         halves: name -> the 16-bit type where it is not packed; "BF16" for names without one.
     """
     halves, types = halves or {}, {}
-    with_tables = type_name not in ("NF4", "FP4")
     if type_name in ROW_TYPES:
         types = {name: halves.get(name, "BF16") for name in shapes}
         return Plan(types | {name: with_fallback(type_name, shapes[name], types[name])
                              for name in family.row_names(shapes, type_name)})
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
-        if family.may_be_packed(name, shape, with_tables):
+        if family.may_be_packed(name, shape, pack_type(type_name).packs_tables):
             types[name] = with_fallback(type_name, shape, half)
         else:
             types[name] = family.exact_type(name, shape, half)
@@ -153,7 +143,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
             everywhere, and what is left of the bytes goes to the next larger one, in the last
             blocks first.
         row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the GGUF types.
-        packed: name -> bytes of weights that are packed already: they stay AS_STORED, or take a
+        packed: name -> bytes of weights that are packed already: they stay STAYS, or take a
             smaller type.
 
     Raises:
@@ -190,7 +180,7 @@ def bytes_as_good_as(type_name: str, shapes: Shapes, family: PackingRules,
     rows = {name: type_costs.get("Q8_0", 0.0) * relative_error(types[name]) * ROUNDED_INPUTS
             / relative_error("Q8_0")
             for name, type_costs in costs.items() if types[name] in ROW_TYPES}
-    limit = sum(rows.get(name, type_costs.get(types[name], type_costs.get(AS_STORED, 0.0)))
+    limit = sum(rows.get(name, type_costs.get(types[name], type_costs.get(STAYS, 0.0)))
                 for name, type_costs in costs.items())
     return exact_bytes + bytes_for_costs(costs, sizes, limit)
 
@@ -205,7 +195,7 @@ def _costs(shapes: Shapes, sizes: Mapping[str, Mapping[str, int]],
     if measured:
         return _complete_costs(sizes, measured, values)
     return {name: {type_name: values[name] * relative_error(type_name) for type_name in types
-                   if type_name != "IQ4_XS"}
+                   if not pack_type(type_name).needs_measurement}
             for name, types in sorted(sizes.items(), key=lambda item: _place(item[0]), reverse=True)
             }
 
@@ -227,28 +217,30 @@ def _options(shapes: Shapes, family: PackingRules, halves: Mapping[str, str],
 
     Returns:
         Name -> type of the tensors without a choice, their bytes together, and name -> type ->
-        bytes of the others, the 16-bit type or AS_STORED last.
+        bytes of the others, the 16-bit type or STAYS last.
     """
     exact, options = {}, {}
     rows = {type_name: set(family.row_names(shapes, type_name)) for type_name in row_types}
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
         if row_types:
-            types = [each for each in row_types if name in rows[each] and divides_rows(each, shape)]
+            types = [each for each in row_types
+                     if name in rows[each] and ROW_TYPES[each].takes(shape)]
         else:
             types = types_for(shape) if family.may_be_packed(name, shape) else []
         if name in packed:
-            types = [each for each in types if bytes_in_file(each, shape) < packed[name]]
+            types = [each for each in types if TYPES[each].nbytes(shape) < packed[name]]
         if types:
-            options[name] = (*sorted(types, key=lambda each: bytes_in_file(each, shape)),
-                             AS_STORED if name in packed else half)
+            options[name] = (*sorted(types, key=lambda each: TYPES[each].nbytes(shape)),
+                             STAYS if name in packed else half)
         elif name in packed:
-            exact[name] = AS_STORED
+            exact[name] = STAYS
         else:
             exact[name] = half if row_types else family.exact_type(name, shape, half)
 
     def size_of(name: str, type_name: str) -> int:
-        return packed[name] if type_name == AS_STORED else bytes_in_file(type_name, shapes[name])
+        return (packed[name] if type_name == STAYS
+                else TYPES[type_name].nbytes(shapes[name]))
 
     return exact, sum(size_of(name, type_name) for name, type_name in exact.items()), {
         name: {type_name: size_of(name, type_name) for type_name in types}
@@ -258,18 +250,13 @@ def _options(shapes: Shapes, family: PackingRules, halves: Mapping[str, str],
 
 def relative_error(type_name: str) -> float:
     """Returns the power of a type's error over that of the weights, 0 for what stays as it is."""
-    return 10 ** (-SIGNAL_TO_ERROR[type_name] / 10) if type_name in SIGNAL_TO_ERROR else 0.0
+    return pack_type(type_name).relative_error
 
 
 def expected_errors(types: Mapping[str, str], shapes: Shapes,
                     costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Returns name -> power of the output's error that packing a matrix causes, over the output's.
-
-    Args:
-        types: name -> type of the matrices that are packed.
-        shapes: name -> shape.
-        costs: of a measurement, as for `plan_for_size`.
-    """
+    """Returns name -> power of the output's error that packing matrices to types causes, over the
+    output's; costs: of a measurement, as for `plan_for_size`."""
     complete = _complete_costs({name: (type_name,) for name, type_name in types.items()}, costs,
                                {name: math.prod(shapes[name]) for name in types})
     return {name: complete[name][type_name] for name, type_name in types.items()}
@@ -286,12 +273,12 @@ def _complete_costs(options: Mapping[str, Iterable[str]],
     Args:
         options: name -> types, smallest first.
         costs: name -> type -> measured cost.
-        values: name -> number of values, with which the costs of others are expected to grow.
+        values: name -> number of values, with which costs are expected to grow.
     """
     measured = {
         name: {
             type_name: cost for type_name, cost in costs.get(name, {}).items()
-            if type_name in SIGNAL_TO_ERROR and math.isfinite(cost)
+            if relative_error(type_name) and math.isfinite(cost)
         } for name in options
     }
     # For tensors without a measurement: the median cost of a value's relative error.
@@ -304,12 +291,13 @@ def _complete_costs(options: Mapping[str, Iterable[str]],
         complete[name] = {}
         cost = math.inf
         for type_name in types:
-            if type_name == AS_STORED:
+            if type_name == STAYS:
                 complete[name][type_name] = 0.0
                 continue
             nearest = min(
                 measured[name],
-                key=lambda other: abs(SIGNAL_TO_ERROR[other] - SIGNAL_TO_ERROR[type_name]),
+                key=lambda other: abs(
+                    TYPES[other].signal_to_error - TYPES[type_name].signal_to_error),
                 default=None)
             unit = median * values[name]
             if nearest:

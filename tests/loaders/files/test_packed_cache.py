@@ -29,7 +29,8 @@ from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors_writer import SafetensorsWriter
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing import pack_types
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -59,8 +60,8 @@ def packings(monkeypatch) -> list:
             return pack(*arguments)
         return run
 
-    for name in ("pack_tensor", "pack_to_type"):
-        monkeypatch.setattr(pack_on_load, name, counted(getattr(pack_on_load, name)))
+    for name in ("pack_tensor", "pack_rows"):
+        monkeypatch.setattr(pack_types, name, counted(getattr(pack_types, name)))
     return count
 
 
@@ -83,7 +84,7 @@ def load(path, type_name: str = "Q8_0"):
     return load_diffusion_model(str(path), pack_to=type_name)
 
 
-@pytest.mark.parametrize("type_name", pack_on_load.TYPES)
+@pytest.mark.parametrize("type_name", pack_on_load.LOAD_TYPES)
 def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, folder, packings):
     first = load(source, type_name)
     where = f" in {folder} (FEATHERWEIGHT_PACKED_CACHE=off keeps nothing)"
@@ -356,7 +357,7 @@ def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(
 
 
 def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
-    pack, count = pack_on_load.pack_tensor, []
+    pack, count = pack_types.pack_tensor, []
 
     def cancelled(*arguments):
         count.append(1)
@@ -364,7 +365,7 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
             raise comfy.model_management.InterruptProcessingException
         return pack(*arguments)
 
-    monkeypatch.setattr(pack_on_load, "pack_tensor", cancelled)
+    monkeypatch.setattr(pack_types, "pack_tensor", cancelled)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         load(source)
     assert not folder.exists()

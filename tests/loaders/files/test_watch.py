@@ -27,10 +27,10 @@ from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.packing.source import source_of_file, source_of_model
+from featherweight.ops.packing import pack_types
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 from featherweight.ops.tensor.read_only_memory import guards_of, is_read_only
 
@@ -231,7 +231,7 @@ def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path):
 def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(
         tmp_path, monkeypatch, moment):
     monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
-    path, pack, count = tmp_path / "model.safetensors", pack_on_load.pack_tensor, []
+    path, pack, count = tmp_path / "model.safetensors", pack_types.pack_tensor, []
     save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
 
     def pack_tensor(*arguments):
@@ -241,7 +241,7 @@ def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_n
             overwritten(path)
         return packed
 
-    monkeypatch.setattr(pack_on_load, "pack_tensor", pack_tensor)
+    monkeypatch.setattr(pack_types, "pack_tensor", pack_tensor)
     with pytest.raises(WeightFileError, match=r"^model\.safetensors was written to"):
         load_diffusion_model(str(path), pack_to="Q8_0")
     assert len(count) == moment and not (tmp_path / "cache").exists()

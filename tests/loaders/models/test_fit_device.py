@@ -44,8 +44,8 @@ from featherweight.loaders.packing.planning.fit import (
     workspace_bytes,
 )
 from featherweight.loaders.packing.planning.plan import (
-    AS_STORED,
     ROUNDED_INPUTS,
+    STAYS,
     plan_for_size,
     plan_for_type,
     relative_error,
@@ -242,11 +242,11 @@ def test_packed_weights_stay_or_become_smaller(stored):
     shapes = {f"double_blocks.{index}.img_mlp.0.weight": (1024, 256) for index in range(9)}
     packed = dict.fromkeys(shapes, 1024 * stored)
     whole = plan_for_size(shapes, 9 * 1024 * stored, rules_for(shapes), packed=packed)
-    assert set(whole.types.values()) == {AS_STORED}
+    assert set(whole.types.values()) == {STAYS}
     if stored > 84:  # a block of Q2_K
         less = plan_for_size(shapes, 9 * 1024 * stored - 1, rules_for(shapes), packed=packed)
         types = list(less.types.values())
-        assert types.count(AS_STORED) == 8 and relative_error(AS_STORED) == 0
+        assert types.count(STAYS) == 8 and relative_error(STAYS) == 0
 
 
 # --- loaded ---

@@ -54,12 +54,12 @@ from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-TYPES = [name for name in pack_on_load.TYPES if name not in ROW_TYPES]
+TYPES = [name for name in pack_on_load.LOAD_TYPES if name not in ROW_TYPES]
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 OLD = "fp8 with scale_weight"
@@ -459,7 +459,7 @@ def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):
         )
 
 
-@pytest.mark.parametrize("type_name", pack_on_load.TYPES)
+@pytest.mark.parametrize("type_name", pack_on_load.LOAD_TYPES)
 def test_rows_of_tiny_values_make_no_nan(type_name, tmp_path):
     tensors = {name: values.clone() for name, values in tiny_flux().items()}
     for name in (name for name in tensors if name.endswith("mlp.0.weight")):

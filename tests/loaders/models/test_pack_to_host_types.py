@@ -41,7 +41,8 @@ from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.quantizers.comfyui import row_type_of
-from featherweight.ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
+from featherweight.ops.packing import pack_types
+from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -80,7 +81,7 @@ def test_weights_of_every_file_are_those_that_packing_its_values_gives(type_name
         again += 1
         if weight.stored_type == type_name:
             continue  # stays as it is in the file
-        expected = pack_to_type(weight.read(0, weight.shape[0]), ROW_TYPES[type_name])
+        expected = ROW_TYPES[type_name].pack(weight.read(0, weight.shape[0]))
         for tensor, wanted in zip(packed_tensors(packed), packed_tensors(expected), strict=True):
             # of rotated values the reader of a file may round a sum in another order
             assert (tensor != wanted).float().mean() < 1e-3, name
@@ -89,7 +90,7 @@ def test_weights_of_every_file_are_those_that_packing_its_values_gives(type_name
 
 def _format(type_name, packed):
     shape = tuple(packed.shape)
-    return format_of(type_name, shape) if ROW_TYPES[type_name].takes(shape) else None
+    return pack_type(type_name).format_of(shape) if ROW_TYPES[type_name].takes(shape) else None
 
 
 @each_type
@@ -308,14 +309,14 @@ def watch_packing(monkeypatch, look: Callable[[torch.Tensor], object]):
             return pack(values, *arguments)
         return run
 
-    for name in ("pack_tensor", "pack_to_type"):
-        monkeypatch.setattr(pack_on_load, name, watched(getattr(pack_on_load, name)))
+    for name in ("pack_tensor", "pack_rows"):
+        monkeypatch.setattr(pack_types, name, watched(getattr(pack_types, name)))
 
 
 @pytest.mark.fake_gpus
 @pytest.mark.parametrize("type_name", [
     pytest.param(name, marks=() if name in ("Q8_0", "NF4", "int8_convrot", "nvfp4")
-                 else pytest.mark.heavy) for name in pack_on_load.TYPES])
+                 else pytest.mark.heavy) for name in pack_on_load.LOAD_TYPES])
 def test_packing_runs_on_the_device_that_computes(type_name, gguf, tmp_path, monkeypatch):
     devices, packed = set(), {}
     watch_packing(monkeypatch, lambda values: devices.add(values.device.type))

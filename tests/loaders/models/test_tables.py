@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.pack_on_load import TYPES
+from featherweight.loaders.models.pack_on_load import LOAD_TYPES
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.kernels.validation import random_tensors
@@ -143,7 +143,8 @@ def encode(clip) -> torch.Tensor:
 MERGES = {"simple": lambda one, other: CLIPMergeSimple().merge(one, other, 0.5)[0],
           "subtract": lambda one, other: CLIPSubtract().merge(one, other, 1.0)[0],
           "add": lambda one, other: CLIPAdd().merge(one, other)[0]}
-PACKINGS = [("GGUF", name) for name in quantized_by_gguf()] + [("pack to", name) for name in TYPES]
+PACKINGS = [*(("GGUF", name) for name in quantized_by_gguf()),
+            *(("pack to", name) for name in LOAD_TYPES)]
 SOME = {"Q8_0", "Q4_0", "F16", "BF16", "nvfp4", "Q4_K", "int8_convrot"}
 
 

@@ -11,13 +11,12 @@ from encoders.encoder import host_clip, small_towers, text_model
 from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import FAMILIES, rules_for
 from featherweight.loaders.packing_rules import (
-    FALLBACKS,
     GENERAL_RULES,
-    divides_rows,
     half_type,
     with_fallback,
 )
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
+from featherweight.ops.packing.pack_types import TYPES, pack_type
 
 RULES = [family.packing for family in FAMILIES if family.packing]
 # The family of these rules that each of the host's models is of; "general" for those that nobody
@@ -152,7 +151,8 @@ def test_an_unknown_model_packs_its_numbered_blocks_only():
 def test_what_takes_a_types_place_is_as_in_llama_cpp():
     """llama-quant.cpp, tensor_type_fallback; here for all K-quants and IQ4_XS, of which ggml's
     tables say the blocks."""
-    assert FALLBACKS == {
+    fallbacks = {name: each.fallback for name, each in TYPES.items() if each.fallback}
+    assert fallbacks == {
         "Q2_K": "IQ4_NL",
         "Q3_K": "IQ4_NL",
         "IQ4_XS": "IQ4_NL",
@@ -160,20 +160,20 @@ def test_what_takes_a_types_place_is_as_in_llama_cpp():
         "Q5_K": "Q5_1",
         "Q6_K": "Q8_0",
     }
-    for name, other in FALLBACKS.items():
+    for name, other in fallbacks.items():
         (block, size), (narrow, larger) = (gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
                                            for kind in (name, other))
         assert (block, narrow) == (256, 32) and larger / narrow > size / block
 
 
-@pytest.mark.parametrize("name", [*FALLBACKS, "Q4_0"])
+@pytest.mark.parametrize("name", [*(name for name, each in TYPES.items() if each.fallback), "Q4_0"])
 def test_rows_that_blocks_do_not_divide_take_the_next_type(name):
     assert with_fallback(name, (8, 256)) == name
-    assert with_fallback(name, (8, 96)) == FALLBACKS.get(name, name)
+    assert with_fallback(name, (8, 96)) == (pack_type(name).fallback or name)
     assert (
         with_fallback(name, (8, 100)) == "F16" and with_fallback(name, (8, 100), "BF16") == "BF16"
     )
-    assert divides_rows("NF4", (8, 100))
+    assert TYPES["NF4"].takes((8, 100))
 
 
 @pytest.mark.parametrize("packed", GGML_FORMATS.values(), ids=lambda packed: packed.name)

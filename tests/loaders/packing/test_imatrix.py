@@ -19,10 +19,10 @@ from featherweight.loaders.packing.calibration import imatrix as reading
 from featherweight.loaders.packing.calibration.imatrix import load_measurement, read_imatrix
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.loaders.packing_rules import PLAIN_BYTES
 from featherweight.loaders.paths import folders
 from featherweight.nodes.measure_sensitivity import NO_IMATRIX, MeasureSensitivity
 from featherweight.ops.packing import relative_error
+from featherweight.ops.packing.pack_types import pack_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -149,7 +149,7 @@ def test_a_model_is_packed_as_by_a_measurement_of_the_same_columns(target, tmp_p
         files.append(path.read_bytes())
         text = "\n".join(saved.notes)
         is_imatrix = name and name.startswith("i.")
-        packed = sum(type_name not in PLAIN_BYTES for type_name in saved.types.values())
+        packed = sum(not pack_type(type_name).is_plain for type_name in saved.types.values())
         assert (f"{name} covers {packed} of {packed} packed matrices." in text) == bool(is_imatrix)
         assert ("holds no costs of layers" in text) == bool(is_imatrix and target == 2_000_000)
     assert files[0] == files[1] == files[2] != files[3]
@@ -163,7 +163,7 @@ def test_what_is_not_covered_is_said_in_one_sentence(tmp_path):
               [entry(name, 1, importance[name]) for name in names[:2]] + [entry("x.y", 1, [1.0])])
     saved = save(source, tmp_path / "a.gguf", "Q4_K",
                  sensitivity=load_measurement(tmp_path / "i.dat"))
-    packed = [name for name, kind in saved.types.items() if kind not in PLAIN_BYTES]
+    packed = [name for name, kind in saved.types.items() if not pack_type(kind).is_plain]
     rest = [name for name in packed if name not in names[:2]]
     covered = len(packed) - len(rest)
     assert 0 < covered < 3

@@ -16,13 +16,14 @@ import torch
 from patched_models import dense_flux, flux_file, lora_for, patched
 from saving import save, values_in
 
-from featherweight.loaders.packing.planning.file_plan import TYPES
+from featherweight.loaders.packing.planning.file_plan import SAVE_TYPES
 from featherweight.loaders.packing.source import source_of_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")
 SIZE = "a size"
-each_file = pytest.mark.parametrize("wanted", [*(name for name in TYPES if name != "NF4"), SIZE])
+each_file = pytest.mark.parametrize(
+    "wanted", [*(name for name in SAVE_TYPES if name != "NF4"), SIZE])
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from planned_types import signal_to_error
 from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.planning.choose_types import choose_types
+from featherweight.loaders.packing.planning.fit import GRADES
 from featherweight.loaders.packing.planning.plan import (
-    SIGNAL_TO_ERROR,
     Plan,
     PlanError,
     bytes_as_good_as,
@@ -23,6 +23,7 @@ from featherweight.loaders.packing.planning.plan import (
     relative_error,
     types_for,
 )
+from featherweight.ops.packing.pack_types import TYPES
 
 
 def random_case(seed, tensors=5, sizes_up_to=300):
@@ -72,13 +73,14 @@ def test_at_most_one_step_of_a_tensor_is_missed_of_the_best_plan(part, tensors):
 def test_without_a_measurement_the_next_larger_type_goes_to_the_last_blocks(shapes):
     rules = rules_for(shapes)
     one = plan_for_type(shapes, "Q4_K", rules)
-    larger = plan_for_type(shapes, "Q5_K", rules)
+    next_larger = GRADES[GRADES.index("Q4_K") - 1]
+    larger = plan_for_type(shapes, next_larger, rules)
     size = (one.nbytes(shapes) + larger.nbytes(shapes)) // 2
     plan = plan_for_size(shapes, size, rules)
     changed = [name for name in shapes if one.types[name] != larger.types[name]]
     assert plan.nbytes(shapes) > 0.99 * size
     if "Q5_0" not in one.types.values():
-        assert {plan.types[name] for name in changed} == {"Q4_K", "Q5_K"}
+        assert {plan.types[name] for name in changed} == {"Q4_K", next_larger}
         blocks = [name for name in changed if "blocks.0." in name]
         assert {plan.types[name] for name in blocks[:1]} <= {"Q4_K"}
     assert signal_to_error(plan.types, shapes) > signal_to_error(one.types, shapes)
@@ -177,10 +179,10 @@ def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
     costs = {name: {"Q3_K": 1.0 if name == moving else 1e-3} for name in SMALL if "mlp" in name}
     plan = plan_for_size(SMALL, budget, family, costs)
     others = {
-        SIGNAL_TO_ERROR[kind] for name, kind in plan.types.items()
+        TYPES[kind].signal_to_error for name, kind in plan.types.items()
         if "mlp" in name and name != moving
     }
-    assert SIGNAL_TO_ERROR[plan.types[moving]] > max(others)
+    assert TYPES[plan.types[moving]].signal_to_error > max(others)
 
 
 def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
@@ -195,7 +197,7 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
     budget = plan_for_type(SMALL, "Q8_0", family).nbytes(SMALL)
     plan = plan_for_size(SMALL, budget, family, costs)
     assert plan.nbytes(SMALL) <= budget
-    assert all(SIGNAL_TO_ERROR[plan.types[name]] > SIGNAL_TO_ERROR["Q4_K"] for name in costs)
+    assert all(relative_error(plan.types[name]) < relative_error("Q4_K") for name in costs)
     # no matrix becomes exact any more, which alone would gain by so noisy a measurement
     exact = min(nbytes_of("BF16", SMALL[name]) - nbytes_of(plan.types[name], SMALL[name])
                 for name in costs if plan.types[name] != "BF16")

@@ -39,7 +39,7 @@ from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
-    TYPES,
+    SAVE_TYPES,
     plan_file,
 )
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
@@ -53,6 +53,7 @@ from featherweight.loaders.packing.source import (
     unsaved_parts,
 )
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.packing import pack_types
 from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -161,7 +162,7 @@ def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
 def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(
         tmp_path, format_name, monkeypatch):
     packed = packed_flux(format_name)
-    monkeypatch.setattr(packing, "pack_tensor", None)
+    monkeypatch.setattr(pack_types, "pack_tensor", None)
     save(source_of_model(packed), tmp_path / "a.gguf", format_name)
     found = open_weights(tmp_path / "a.gguf").state_dict()
     for name, tensor in held(packed).items():
@@ -451,7 +452,7 @@ def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
     assert relative(values_in(second.path)[BLOCK], weights()[BLOCK] * 1e-12) < 0.01
 
 
-@pytest.mark.parametrize("kind", [*TYPES, *HOST_TYPES])
+@pytest.mark.parametrize("kind", [*SAVE_TYPES, *HOST_TYPES])
 def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
     spoilt = dict(weights())
     for size, name in zip((1e-24, 3e-22, 1e-21, 1e-41),

@@ -62,7 +62,7 @@ from featherweight.loaders.packing.source import (
 from featherweight.loaders.packing_rules import GENERAL_RULES
 from featherweight.loaders.quantizers.comfyui import layer_parts
 from featherweight.ops.formats.base import GGML_FORMATS
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -124,7 +124,7 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(flux, tmp_path, kind
     for name, weight in weights_of(tiny_flux()).items():
         weight = weight.bfloat16()
         if saved.types[name] == kind:
-            settings, parts = layer_parts(pack_to_type(weight.float(), ROW_TYPES[kind]))
+            settings, parts = layer_parts(ROW_TYPES[kind].pack(weight.float()))
             layer = name.removesuffix("weight")
             mark = json.loads(tensors[f"{layer}comfy_quant"].numpy().tobytes())
             assert mark == settings and settings["format"] in QUANT_ALGOS
@@ -212,7 +212,7 @@ def test_a_lora_is_in_the_file_and_its_share_is_told(tmp_path, kind):
     share = float(saved.text.split("LoRA 1 (strength 0.7): ")[1].split("%")[0])
     assert share == pytest.approx(100, abs=8 if kind in FOUR_BITS else 2)
     weight = source.weights[BLOCK]
-    expected = pack_to_type(weight.patched(0, weight.shape[0]), ROW_TYPES[kind]).dequantize()
+    expected = ROW_TYPES[kind].pack(weight.patched(0, weight.shape[0])).dequantize()
     found = open_weights(saved.path)
     assert db(host_values(comfy.sd.load_diffusion_model(str(saved.path)))[BLOCK], expected) > 15
     assert found.path == saved.path
@@ -344,7 +344,7 @@ def test_comfyui_without_the_pack_computes_files_as_its_own(flux, tmp_path):
     assert picture.std() > 0 and (checkpoint["drawn"] - picture).abs().max() < 1e-3
     exact = run(load_diffusion_model(str(flux)))
     for kind, out in zip(HOST_TYPES, outputs.values(), strict=True):
-        settings, _ = layer_parts(pack_to_type(torch.ones(64, 256), ROW_TYPES[kind]))
+        settings, _ = layer_parts(ROW_TYPES[kind].pack(torch.ones(64, 256)))
         assert out["formats"] == {"", settings["format"]}
         # the first from the file that ComfyUI has saved; of weights at other addresses a CPU may
         # sum in another order

@@ -47,7 +47,7 @@ from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.method_choice import output_errors
 from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -220,8 +220,7 @@ def test_a_type_costs_what_its_error_is_with_error_feedback(vectors):
     costs = measuring.estimate_costs(weight, moments, measuring.errors_of_layer(weight, moments)[0])
     assert costs.keys() == {*types_for((rows, 512)), "NF4", *ROW_TYPES}
     for type_name, cost in costs.items():
-        packed = (pack_to_type(weight, ROW_TYPES[type_name], moments) if type_name in ROW_TYPES
-                  else pack_tensor(weight, FORMATS[type_name], moments=moments))
+        packed = TYPES[type_name].pack(weight, moments)
         error = output_errors(weight, [packed], moments)[0]
         assert cost == pytest.approx(error, rel=0.25), type_name
 

@@ -9,7 +9,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from host_formats import mark_of
 
 from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts, row_type_of
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.row_slicing import take_rows
 
@@ -27,7 +27,7 @@ def packed(name: str, shape: tuple[int, int], rows: int | None = None):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.02
     weight[:, 3] *= 40
     weight[1] = 0
-    return take_rows(pack_to_type(weight, ROW_TYPES[name]), slice(0, rows))
+    return take_rows(ROW_TYPES[name].pack(weight), slice(0, rows))
 
 
 def of_the_host(settings: dict, parts: dict[str, torch.Tensor],

@@ -11,7 +11,7 @@ from host_formats import awq_weight
 from oracles import installed
 
 from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 pytestmark = pytest.mark.heavy
 
@@ -58,7 +58,7 @@ OWN = {
 
 def written_here(name: str, weight: torch.Tensor) -> tuple[str, dict]:
     """The layout of a weight that is packed here, and what comfy-kitchen is told of it."""
-    settings, parts = layer_parts(pack_to_type(weight, ROW_TYPES[name]))
+    settings, parts = layer_parts(ROW_TYPES[name].pack(weight))
     layout = QUANT_ALGOS.get(settings.pop("format"), {}).get("comfy_tensor_layout", ASYMMETRIC)
     arguments = {argument: parts[part] for argument, part in OWN[name].items()}
     if name == "mxfp8":
@@ -118,7 +118,7 @@ def test_values_are_those_of_the_reader(name, written):
 def test_what_is_written_here_has_the_same_values_there(name, written):
     parts, values = written[1][name, "here"]
     weight = torch.randn(160, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    packed = pack_to_type(weight, ROW_TYPES[name])
+    packed = ROW_TYPES[name].pack(weight)
     settings, expected = layer_parts(packed)
     assert parts.keys() == expected.keys()
     for part, tensor in expected.items():

@@ -27,7 +27,7 @@ from featherweight.ops.kernels.kernel import QUANTIZING, multiplies
 from featherweight.ops.kernels.runtime_compiler import GpuError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import product
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 
 BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")
@@ -311,7 +311,7 @@ def test_rows_that_no_kernel_takes_are_multiplied_by_torch(columns, monkeypatch)
     asked, find = [], kernels.find
     monkeypatch.setattr(kernels, "find",
                         lambda op, *case, **more: asked.append(op) or find(op, *case, **more))
-    packed = pack_to_type(torch.randn(24, columns), ROW_TYPES["float8_e4m3fn"])
+    packed = ROW_TYPES["float8_e4m3fn"].pack(torch.randn(24, columns))
     input = torch.randn(3, columns)
     expected = input @ packed.dequantize().T
     assert torch.allclose(product.linear(input, packed), expected, rtol=1e-4, atol=1e-4)

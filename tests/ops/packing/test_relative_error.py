@@ -4,11 +4,9 @@ import random
 import pytest
 import torch
 
-from featherweight.loaders.packing.planning.file_plan import TYPES
-from featherweight.ops.formats.base import FORMATS, TooLargeError
-from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.formats.base import TooLargeError
+from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
 from featherweight.ops.packing.relative_error import RelativeError, float_values, holds
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
 ROWS, COLUMNS = 32, 512
 PER_TENSOR = [name for name, row_type in ROW_TYPES.items() if row_type.is_per_tensor]
@@ -16,13 +14,7 @@ PER_TENSOR = [name for name, row_type in ROW_TYPES.items() if row_type.is_per_te
 SAMPLE = ("Q4_K", "NF4", "int8_convrot", *PER_TENSOR)
 each_type = pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name in SAMPLE else pytest.mark.heavy)
-    for name in (*TYPES, *ROW_TYPES)])
-
-
-def pack(values: torch.Tensor, name: str) -> torch.Tensor:
-    if name in ROW_TYPES:
-        return pack_to_type(values, ROW_TYPES[name])
-    return pack_tensor(values, FORMATS[name])
+    for name, each in TYPES.items() if each.menus])
 
 
 def drawn(name: str) -> tuple[random.Random, torch.Tensor]:
@@ -40,7 +32,7 @@ def test_a_row_whose_other_values_are_gone_is_seen(name, count, magnitude):
     row = rng.randrange(ROWS)
     values[row, rng.sample(range(COLUMNS), count)] = rng.choice([-1, 1]) * magnitude
     try:
-        packed = pack(values, name)
+        packed = TYPES[name].pack(values)
     except TooLargeError:
         return  # is told too
     off = (float_values(packed) - values).abs() >= 0.95 * values.abs()
@@ -55,7 +47,7 @@ def test_a_row_behind_the_sample_is_seen(monkeypatch):
     _, values = drawn("behind")
     values[ROWS - 1, 7] = 1e30
     error = RelativeError()
-    error.add(values, pack(values, "int8_convrot"))
+    error.add(values, TYPES["int8_convrot"].pack(values))
     assert not error.is_small and error.share < 0.25
 
 
@@ -72,4 +64,4 @@ def test_weights_as_models_have_them_are_held(name, kind):
         values[rng.randrange(ROWS)] = 0.01
     elif kind == "zeros":
         values[torch.rand(values.shape) < 0.97] = 0
-    assert holds(pack(values, name), values)
+    assert holds(TYPES[name].pack(values), values)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from featherweight.ops import kernels
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize import row_columns
 from featherweight.ops.quantize.second_moments import SecondMoments
 
@@ -23,7 +23,7 @@ def test_scales_of_groups_fit_the_values_that_feedback_leaves(name, has_kernel, 
     moments.add(tokens[:1536], hold_out=False)
 
     def loss():
-        off = (pack_to_type(weight, ROW_TYPES[name], moments).dequantize() - weight).double()
+        off = (ROW_TYPES[name].pack(weight, moments).dequantize() - weight).double()
         return float((tokens[1536:].double() @ off.T).norm())
 
     if not has_kernel:

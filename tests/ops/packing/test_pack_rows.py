@@ -14,8 +14,8 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FormatError, TooLargeError
-from featherweight.ops.packing import row_types
-from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing import pack_rows, pack_types
+from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize import damped_hessian, row_source
 from featherweight.ops.quantize.row_encoder import RowEncoder
 from featherweight.ops.quantize.row_source import RowSource
@@ -67,7 +67,7 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
     layout, options = LAYOUTS[name]
     weight = weight_of(*shape)
     expected = QuantizedTensor.from_float(weight, layout, **options).dequantize()
-    values = pack_to_type(weight, ROW_TYPES[name], is_plain=True).dequantize()
+    values = ROW_TYPES[name].pack(weight, is_plain=True).dequantize()
     different = (values - expected).abs() > 1e-6 * weight.abs().max()
     assert different.sum() <= weight.numel() / 100  # a sum of a rotation that lies at a tie
 
@@ -75,7 +75,7 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
 @EACH_TYPE
 def test_searched_scales_are_never_worse(name):
     weight = weight_of()
-    plain, searched = (pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+    plain, searched = (ROW_TYPES[name].pack(weight, is_plain=is_plain)
                        for is_plain in (True, False))
     assert error(searched, weight) <= error(plain, weight)
 
@@ -83,9 +83,9 @@ def test_searched_scales_are_never_worse(name):
 @EACH_TYPE
 def test_a_weight_by_its_rows_is_the_same(name, monkeypatch):
     weight = weight_of(rows=160)
-    whole = pack_to_type(weight, ROW_TYPES[name]).dequantize()
-    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 7 * 512)
-    assert torch.equal(pack_to_type(weight, ROW_TYPES[name]).dequantize(), whole)
+    whole = ROW_TYPES[name].pack(weight).dequantize()
+    monkeypatch.setattr(pack_rows, "CPU_SLICE_VALUES", 7 * 512)
+    assert torch.equal(ROW_TYPES[name].pack(weight).dequantize(), whole)
 
 
 @EACH_TYPE
@@ -100,7 +100,7 @@ def test_feedback_gives_a_smaller_error_of_the_output(name):
     def loss(packed):
         return float((tokens @ packed.dequantize().double().T - exact).norm() / exact.norm())
 
-    searched, fed_back = (loss(pack_to_type(weight, ROW_TYPES[name], given))
+    searched, fed_back = (loss(ROW_TYPES[name].pack(weight, given))
                           for given in (None, moments))
     assert fed_back < searched
 
@@ -110,9 +110,9 @@ def test_zeros_stay_zeros(name):
     weight = weight_of()
     weight[3] = 0
     weight[:, :256] = 0
-    values = pack_to_type(weight, ROW_TYPES[name]).dequantize()
+    values = ROW_TYPES[name].pack(weight).dequantize()
     assert not values[3].any() and not values[:, :256].any()
-    assert not pack_to_type(torch.zeros(96, 512), ROW_TYPES[name]).dequantize().any()
+    assert not ROW_TYPES[name].pack(torch.zeros(96, 512)).dequantize().any()
 
 
 @EACH_TYPE
@@ -121,19 +121,19 @@ def test_a_value_that_is_not_finite_is_refused(name, bad):
     weight = weight_of()
     weight[2, 2] = bad
     with pytest.raises(FormatError, match="NaN or infinite"):
-        pack_to_type(weight, ROW_TYPES[name])
+        ROW_TYPES[name].pack(weight)
 
 
 @EACH_TYPE
 def test_a_shape_that_does_not_fit_is_refused(name):
     with pytest.raises(FormatError, match=r"does not hold a weight of shape \(3, 4, 5\)"):
-        pack_to_type(torch.zeros(3, 4, 5), ROW_TYPES[name])
+        ROW_TYPES[name].pack(torch.zeros(3, 4, 5))
 
 
 def shapes_of(row_type, seed):
     """Random shapes that a type takes: odd numbers of rows, every rotation and none, tails."""
     draw = random.Random(f"{row_type.name} {seed}")
-    units = (*row_types.ROTATIONS, row_type.multiple, row_type.multiple * 3)
+    units = (*pack_types.ROTATIONS, row_type.multiple, row_type.multiple * 3)
     shapes = [(draw.randrange(1, 40) * row_type.multiple, unit * draw.randrange(1, 1200 // unit))
               for unit in units]
     return [shape for shape in shapes if row_type.takes(shape)]
@@ -152,10 +152,10 @@ def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
     for shape in shapes_of(ROW_TYPES[name], dtype):
         weight = weight_of(*shape, seed=shape[1]).to(dtype)
         with by_torch():
-            expected = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+            expected = ROW_TYPES[name].pack(weight, is_plain=is_plain)
         for count in (1, 2):
             with set_torch_threads(count):
-                packed = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+                packed = ROW_TYPES[name].pack(weight, is_plain=is_plain)
             if is_plain:
                 for part, expected_part in zip(packed_tensors(packed), packed_tensors(expected)):
                     assert torch.equal(part, expected_part)
@@ -170,9 +170,9 @@ def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude, by):
     weight = weight_of() * magnitude
     weight[5] = -magnitude
     weight[7, 1:] = 0
-    packed = pack_to_type(weight, ROW_TYPES[name])
+    packed = ROW_TYPES[name].pack(weight)
     with by_torch():
-        expected = pack_to_type(weight, ROW_TYPES[name])
+        expected = ROW_TYPES[name].pack(weight)
     values = packed.dequantize()
     assert values.isfinite().all()
     assert torch.allclose(values, expected.dequantize(), rtol=0.3, atol=0.05 * magnitude)
@@ -185,9 +185,9 @@ def test_a_value_whose_rotation_is_too_large_is_refused(name):
     weight = torch.full((32, 256), 0.9 * torch.finfo(torch.float32).max)
     if ROW_TYPES[name].rotates:
         with pytest.raises(TooLargeError, match=r"holds values up to 3.06254e\+38"):
-            pack_to_type(weight, ROW_TYPES[name])
+            ROW_TYPES[name].pack(weight)
     else:
-        assert pack_to_type(weight, ROW_TYPES[name]).dequantize().isclose(weight, rtol=0.1).all()
+        assert ROW_TYPES[name].pack(weight).dequantize().isclose(weight, rtol=0.1).all()
 
 
 @EACH_TYPE
@@ -201,8 +201,8 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
         given.add(inputs_of(512))
     source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone(),
                        weight.device)
-    expected = pack_to_type(weight, ROW_TYPES[name], given)
-    for part, expected_part in zip(packed_tensors(pack_to_type(source, ROW_TYPES[name], given)),
+    expected = ROW_TYPES[name].pack(weight, given)
+    for part, expected_part in zip(packed_tensors(ROW_TYPES[name].pack(source, given)),
                                    packed_tensors(expected)):
         assert torch.equal(part, expected_part)
 
@@ -214,17 +214,17 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
 def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, by, monkeypatch):
     monkeypatch.setattr(row_source, "READ_VALUES", 64 * 256)
     monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 64)
-    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 64 * 256)
+    monkeypatch.setattr(pack_rows, "CPU_SLICE_VALUES", 64 * 256)
     given = None
     if moments:
         given = SecondMoments.zeros(256)
         given.add(inputs_of(256))
     weight = weight_of(320, 256).bfloat16()
     if by == "kernel":
-        pack_to_type(weight, ROW_TYPES[name], given)  # checks it
+        ROW_TYPES[name].pack(weight, given)  # checks it
     # but for bytes, as the packed weight has
     with Largest(lambda part: part.nbytes if part.dtype != torch.uint8 else 0) as largest:
-        pack_to_type(weight, ROW_TYPES[name], given)
+        ROW_TYPES[name].pack(weight, given)
     assert largest.most <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
 
 
@@ -233,7 +233,7 @@ def test_more_scales_than_are_tried_would_gain_nothing(name, most):
     weight = torch.randn(64, random.choice([256, 1024])) * torch.rand(64, 1).exp()
     every = dataclasses.replace(ROW_TYPES[name],
                                 shrinks=tuple(share / 200 for share in range(90, 340)))
-    errors = [(pack_to_type(weight, each).dequantize() - weight).square().sum()
+    errors = [(each.pack(weight).dequantize() - weight).square().sum()
               for each in (ROW_TYPES[name], every)]
     assert 0 <= 10 * torch.log10(errors[0] / errors[1]) + 1e-4 < most
 
