@@ -7,24 +7,22 @@ A weight stays plain if the type cannot represent its values. Packing runs on th
 computes, or on the CPU where that is out of memory.
 """
 import collections
-import math
+import functools
 import os
 import time
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 import comfy.model_management
 import torch
 
 from ...ops.formats.base import FormatError, TooLargeError
 from ...ops.log import log
-from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
 from ...ops.packing.pack_types import LOAD, ROW_TYPES, TYPES, pack_type
-from ...ops.packing.relative_error import RelativeError, holds
+from ...ops.packing.packed_pieces import PackedPieces
+from ...ops.packing.relative_error import holds
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
-from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..byte_sizes import size_text
 from ..comfyui.diffusers_keys import JoinedRows
@@ -178,81 +176,97 @@ def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to:
         name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)
         and tensor.dtype.is_floating_point and tensor.numel()
     }
-    is_size = isinstance(pack_to, int)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    measured, measurement_state = None, None
-    if is_size:
-        measured, measurement_state = measurement_of(file, {
-            name.removeprefix(prefix): shape for name, shape in shapes.items()})
-        if measured:
-            log.info("%s is packed by %s", file.name, measured.file)
-    try:
-        types = _types_for(weights, pack_to, prefix, measured and measured.costs, fixed)
-    except PlanError as error:
-        raise WeightFileError(f"{file.name}: {error}") from error
-    wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
-              if name not in fixed and not _stays(tensor, types[name], is_size)}
-    to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
+    plan = _plan_for(file, weights, pack_to, prefix, fixed)
     folder, path, entry = packed_cache.folder(packed_folder()), None, None
     cached_file = file if isinstance(file, WeightFile) else None
     if cached_file:
-        path = packed_cache.entry_path(cached_file, to_pack, folder, suffix_for(pack_to),
-                                       measurement_state)
-        entry = packed_cache.read(path, partial(read_entry, wanted={
-            name.removeprefix(prefix): each for name, each in wanted.items()}))
-    guard, losses, is_second = _guard_of(state_dict), {}, False
-    packer = _Packer(file, guard, device, measured, prefix)
-    sources = collections.Counter()
-    unchanged = collections.Counter()
-    unfit = []
+        path = packed_cache.entry_path(cached_file, plan.packed, folder, suffix_for(pack_to),
+                                       plan.measurement_state)
+        entry = packed_cache.read(path, functools.partial(read_entry, wanted={
+            name.removeprefix(prefix): each for name, each in plan.changed.items()}))
+    packer = _Packer(file, _guard_of(state_dict), device, plan.measured, prefix)
+    tally = _Tally(file.name)
     sizes = [tensor.numel() for tensor in weights.values()]
-    heading = "" if entry else _announcement(weights, to_pack, packer)
+    heading = "" if entry else _announcement(weights, plan.packed, packer)
     for name in progress.track(list(weights), sizes, heading):
-        guard()
+        packer.guard()
         tensor = weights.pop(name)
-        if name not in wanted:
-            unchanged[_source_format(tensor)] += tensor.numel()
+        if name not in plan.changed:
+            tally.unchanged[_source_format(tensor)] += tensor.numel()
             continue
-        if name in to_pack:
-            sources[_source_format(tensor)] += tensor.numel()
-            is_second |= is_packed(tensor)
+        type_name, _ = plan.changed[name]
+        share = 0.0
         if entry:
             weight = entry.weights[name.removeprefix(prefix)]
-        elif name in to_pack:
-            weight, error = packer.pack(name, tensor, types[name])
-            if is_packed(weight):
-                losses[name] = error.share
+        elif name in plan.packed:
+            weight, share = packer.pack(name, tensor, type_name)
         else:
-            weight = _downcast(_read_dense(tensor), types[name])
+            weight = _downcast(_read_dense(tensor), type_name)
         state_dict[name] = weight
-        if name in to_pack and not is_packed(weight):
-            unfit.append(
-                f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
-                f" {types[name]}"
-            )
-            log.warning("%s: %s.", file.name, unfit[-1])
+        if name in plan.packed:
+            tally.add(name, type_name, tensor, weight, share)
         del tensor
         file.drop_pages()
-    guard()
+    packer.guard()
     cache, loss = ("read", entry.loss) if entry else (
-        "", total(losses, WEIGHTS, {name: math.prod(shapes[name]) for name in losses}))
-    if measured:
+        "", total(tally.losses, WEIGHTS, tally.values))
+    if plan.measured:
         loss = 0.0
     if cached_file and not entry and packed_cache.keeps(time.perf_counter() - started):
         tensors = entry_weights(state_dict, prefix)
-        write = partial(write_entry, file=cached_file, tensors=tensors, loss=loss)
+        write = functools.partial(write_entry, file=cached_file, tensors=tensors, loss=loss)
         cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
-    stats = PackStats(tuple(name for name, _ in sources.most_common()),
-                      tuple(name for name, _ in unchanged.most_common()),
-                      time.perf_counter() - started, loss, is_second, cache, str(folder),
-                      tuple(unfit))
-    log.info("%s: %d weights of %d to %s, %s", file.name,
-             len(to_pack), len(types), size_text(pack_to) if is_size else pack_to, stats)
+    stats = PackStats(tuple(name for name, _ in tally.sources.most_common()),
+                      tuple(name for name, _ in tally.unchanged.most_common()),
+                      time.perf_counter() - started, loss, tally.is_second, cache, str(folder),
+                      tuple(tally.unfit))
+    log.info("%s: %d weights of %d to %s, %s", file.name, len(plan.packed), len(sizes),
+             size_text(pack_to) if isinstance(pack_to, int) else pack_to, stats)
     return stats
 
 
-def _stays(tensor: torch.Tensor | JoinedRows, type_name: str,
-           is_for_size: bool) -> TypeGuard[PackedTensor]:
+@dataclass(frozen=True)
+class _LoadPlan:
+    """What weights are packed to: name -> (type, shape) of those that do not stay as they are in
+    the file, and the measurement by which they are packed, with the state of its file."""
+
+    changed: packed_cache.PackedTypes
+    measured: Sensitivity | None = None
+    measurement_state: FileState | None = None
+
+    @functools.cached_property
+    def packed(self) -> packed_cache.PackedTypes:
+        """Those of `changed` whose type is not plain."""
+        return {name: (type_name, shape) for name, (type_name, shape) in self.changed.items()
+                if not TYPES[type_name].is_plain}
+
+
+class _Tally:
+    """Counts what is done with the weights of a file or model, whose name is for the log."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.sources: collections.Counter[str] = collections.Counter()
+        self.unchanged: collections.Counter[str] = collections.Counter()
+        self.losses: dict[str, float] = {}
+        self.values: dict[str, int] = {}
+        self.unfit: list[str] = []
+        self.is_second = False
+
+    def add(self, name: str, type_name: str, stored: torch.Tensor | JoinedRows,
+            weight: torch.Tensor, share: float):
+        """Counts a weight that was to be packed; share: power of its error over its values'."""
+        self.sources[_source_format(stored)] += stored.numel()
+        self.is_second |= is_packed(stored)
+        if is_packed(weight):
+            self.losses[name], self.values[name] = share, weight.numel()
+            return
+        self.unfit.append(f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
+                          f" {type_name}")
+        log.warning("%s: %s.", self.name, self.unfit[-1])
+
+
+def _stays(tensor: torch.Tensor | JoinedRows, type_name: str, is_for_size: bool) -> bool:
     """Returns whether a weight stays packed as it is in the file."""
     if is_for_size or not is_packed(tensor):
         return type_name == STAYS
@@ -294,30 +308,31 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
                for part in parts)
 
 
-def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: PackTo, prefix: str,
-               costs: Mapping[str, Mapping[str, float]] | None,
-               fixed: Container[str]) -> dict[str, str]:
-    """Returns name -> type of each weight, by the plan for a type or for bytes.
-
-    fixed: names of those that stay as they are.
-    """
+def _plan_for(file: PackedFrom, weights: Mapping[str, torch.Tensor | JoinedRows], pack_to: PackTo,
+              prefix: str, fixed: Container[str]) -> _LoadPlan:
+    """Plans what weights are packed to, or raises WeightFileError; arguments of `pack_weights`."""
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
-    halves = {
-        name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
-    }
-    rules = rules_for(shapes)
-    stay = [name for name in weights if name in fixed]
-    for name in stay:
-        del shapes[name.removeprefix(prefix)]
-    if isinstance(target, int):
-        target -= sum(_bytes_of(weights[name]) for name in stay)
-        packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
-                  if is_packed(tensor) and name not in fixed}
-        planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
+    free = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+            if name not in fixed}
+    planned = {name: shapes[name] for name in free}
+    halves = {name: half_type(tensor.dtype) for name, tensor in free.items()}
+    rules, measured, state = rules_for(shapes), None, None
+    if isinstance(pack_to, int):
+        measured, state = measurement_of(file, shapes)
+        if measured:
+            log.info("%s is packed by %s", file.name, measured.file)
+        budget = pack_to - sum(_bytes_of(weights[name]) for name in weights if name in fixed)
+        packed = {name: _bytes_of(tensor) for name, tensor in free.items() if is_packed(tensor)}
+        try:
+            types = plan_for_size(planned, budget, rules, measured and measured.costs, halves,
+                                  packed=packed).types
+        except PlanError as error:
+            raise WeightFileError(f"{file.name}: {error}") from error
     else:
-        planned = plan_for_type(shapes, target, rules, halves).types
-    return {name: STAYS if name in fixed else planned[name.removeprefix(prefix)]
-            for name in weights}
+        types = plan_for_type(planned, pack_to, rules, halves).types
+    return _LoadPlan({
+        f"{prefix}{name}": (types[name], shapes[name]) for name, tensor in free.items()
+        if not _stays(tensor, types[name], isinstance(pack_to, int))}, measured, state)
 
 
 def measurement_of(file: PackedFrom, shapes: Shapes
@@ -356,12 +371,8 @@ def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChange
 
 
 def _read_dense(tensor: torch.Tensor | JoinedRows, device: torch.device = CPU) -> torch.Tensor:
-    """Returns a weight as one dense tensor in a dtype that represents its values exactly.
-
-    Args:
-        tensor: of any dtype or in a quantised format of the host.
-        device: where the values go.
-    """
+    """Returns a weight, of any dtype or in a quantised format of the host, on a device as one dense
+    tensor in a dtype that represents its values exactly."""
     if isinstance(tensor, JoinedRows):
         tensor = tensor.joined()
     tensor = tensor.to(device)
@@ -375,12 +386,8 @@ def _read_dense(tensor: torch.Tensor | JoinedRows, device: torch.device = CPU) -
 class _Packer:
     """Packs the weights of a file on a device, or on the CPU where that is out of memory.
 
-    Args:
-        file: for messages.
-        guard: of the file, which is read twice.
-        device: packs the weights.
-        measured: of the model, by which weights are rounded to types of GGUF.
-        prefix: of the model's names.
+    file: for messages. guard: of the file, which is read twice. measured: of the model, by which
+    weights are rounded to types of GGUF. prefix: of the model's names.
     """
 
     def __init__(self, file: PackedFrom, guard: FileChangeGuard, device: torch.device,
@@ -393,15 +400,9 @@ class _Packer:
         self._has_logged = False
 
     def pack(self, name: str, tensor: torch.Tensor | JoinedRows,
-             type_name: str) -> tuple[torch.Tensor, RelativeError]:
-        """Returns a weight on the CPU in a packed type, or plain if that cannot represent its
-        values; and the error of the packed one.
-
-        Args:
-            name: for messages.
-            tensor: the weight as stored.
-            type_name: one of `TYPES`.
-        """
+             type_name: str) -> tuple[torch.Tensor, float]:
+        """Returns a stored weight on the CPU in a packed type, or plain if that cannot hold its
+        values; and the power of the packed one's error over that of the values."""
         try:
             return self._pack_on(self.device, name, tensor, type_name)
         except Exception as error:
@@ -417,12 +418,8 @@ class _Packer:
 
     def seconds_for(self, name: str, tensor: torch.Tensor | JoinedRows, type_name: str,
                     values: int) -> float:
-        """Estimates how long packing takes, by some rows of a weight; 0 where that fails.
-
-        Args:
-            name, tensor, type_name: as for `pack`.
-            values: how many are to be packed.
-        """
+        """Estimates how long packing so many values takes, by some rows of a weight; 0 where that
+        fails. Other arguments as for `pack`."""
         part = tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor
         rows = max(1, MEASURED_VALUES * len(part) // part.numel() // WHOLE_ROWS) * WHOLE_ROWS
         part = take_rows(part, slice(0, rows))
@@ -437,18 +434,16 @@ class _Packer:
         return seconds * values / part.numel()
 
     def _pack_on(self, device: torch.device, name: str, tensor: torch.Tensor | JoinedRows,
-                 type_name: str) -> tuple[torch.Tensor, RelativeError]:
-        values, error = _read_dense(tensor, device), RelativeError()
+                 type_name: str) -> tuple[torch.Tensor, float]:
+        values = _read_dense(tensor, device)
         moments = self.measured and self.measured.moments(name.removeprefix(self.prefix))
+        packed = PackedPieces(TYPES[type_name], moments, device)
         try:
-            packed = pack_type(type_name).pack(values, moments).to(CPU)
+            piece = packed.pack(values)
             self.guard()
-            error.add(values, packed)
-            output_error = None
-            if moments and not error.is_small and is_packed(packed):
-                output_error, = output_errors(values, [packed], moments, SAMPLED_ROWS)
-            if error.is_held(output_error):
-                return packed, error
+            packed.add(values, piece)
+            if packed.is_held:
+                return piece, packed.error.share
         except FormatError as problem:
             if not isinstance(problem, TooLargeError):
                 raise self.file.error_at(
@@ -457,7 +452,7 @@ class _Packer:
                     f" {str(problem).rstrip('.')}",
                     "Get another copy of the model, or load it with no change at 'pack to'."
                 ) from problem
-        return _downcast(values.to(CPU), half_type(values.dtype)), error
+        return _downcast(values.to(CPU), half_type(values.dtype)), 0.0
 
 
 def _downcast(tensor: torch.Tensor, type_name: str) -> torch.Tensor:

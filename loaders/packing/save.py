@@ -11,17 +11,16 @@ is lost even in Q8_0, values are rounded stochastically.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...ops.formats.base import FormatError, TooLargeError
-from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
-from ...ops.packing.pack_types import ROW_TYPES, TYPES, pack_type
-from ...ops.packing.relative_error import SAMPLE_VALUES, RelativeError, float_values
+from ...ops.packing.pack_types import TYPES, RowType, pack_type
+from ...ops.packing.packed_pieces import PackedPieces
+from ...ops.packing.relative_error import float_values
 from ...ops.quantize.row_source import RowSource
-from ...ops.quantize.second_moments import SecondMoments
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import take_rows
@@ -115,25 +114,14 @@ def save(plan: FilePlan,
                  layer_lines(packer.losses(), packer.loss_kind))
 
 
-@dataclass
-class _Packed:
-    """A weight packed in one type that can hold it.
+class _Packed(PackedPieces):
+    """A weight packed in one type, whether a part of its change does not arrive, and what its rows
+    add to the sums of `LoraRetention`."""
 
-    pieces: of rows, on the CPU. loses_change: whether a part of its change does not arrive.
-    retention: what its rows add to the sums of `LoraRetention`. relative_error: of its values.
-    output_error: power of the error of the layer's output over the output's, None: not measured.
-    """
-
-    pieces: list[torch.Tensor] = field(default_factory=list)
-    loses_change: bool = False
-    retention: list[torch.Tensor] = field(default_factory=list)
-    relative_error: RelativeError = field(default_factory=RelativeError)
-    output_error: float | None = None
-
-    @property
-    def is_held(self) -> bool:
-        """See `RelativeError.is_held`."""
-        return self.relative_error.is_held(self.output_error)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.loses_change = False
+        self.retention: list[torch.Tensor] = []
 
 
 class WeightPacker:
@@ -189,8 +177,8 @@ class WeightPacker:
             type_name, packed = self._fall_back(weight, type_name)
         for sums in packed.retention:
             self.retention.sums += sums
-        if type_name not in PLAIN_DTYPES and packed.relative_error.error:
-            share, output = packed.relative_error.share, packed.output_error
+        if type_name not in PLAIN_DTYPES and packed.error.error:
+            share, output = packed.error.share, packed.output_error
             self._losses[weight.name] = share if output is None else output
         self.types[weight.name] = type_name
         return type_name, packed.pieces
@@ -221,16 +209,11 @@ class WeightPacker:
         return plain_type(weight, self.plan.is_safetensors), [tensor]
 
     def _fall_back(self, weight: Weight, type_name: str) -> tuple[str, _Packed]:
-        """Packs a weight whose values do not fit into `type_name` in another type.
+        """Returns a type that holds a weight which `type_name` does not, and its packed form.
 
         Tries the 16-bit type of its source, BF16, which holds almost all values, and F32. In a file
-        of limited size a type of 8 bits comes before F32.
-
-        Returns:
-            The type, and the weight packed in it.
-
-        Raises:
-            SaveError: where no type holds the values within the size of the file.
+        of limited size a type of 8 bits comes before F32. Raises SaveError where the size has no
+        room for a type that holds the values.
         """
         max_bytes, bits = self.plan.max_bytes, pack_type(type_name).bits_per_value()
         smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
@@ -271,78 +254,74 @@ class WeightPacker:
         return self.nbytes + after.nbytes(weight.shape) - before.nbytes(weight.shape) + padding
 
     def _try_pack(self, weight: Weight, type_name: str, dither: bool = False) -> _Packed | None:
-        """Packs a weight in a type, None where the type cannot hold its values."""
-        packed = _Packed()
-        measured = self.plan.options.sensitivity
+        """Packs a weight in a type, None where the type cannot hold its values.
+
+        dither: whether values are rounded stochastically, for FINER only.
+        """
+        measured, planned = self.plan.options.sensitivity, pack_type(type_name)
         moments = None if measured is None else measured.moments(weight.name)
+        packed = _Packed(planned, moments, self.source.device,
+                         self.loss_kind not in (RESULT, WEIGHTS))
+        is_per_tensor = isinstance(planned, RowType) and planned.is_per_tensor
+        try:
+            if is_per_tensor and weight.name not in self.must_survive:
+                self._pack_whole(weight, packed)
+            else:
+                self._pack_slices(weight, packed, moments is not None or is_per_tensor, dither)
+        except TooLargeError:
+            return None
+        except FormatError as error:
+            raise SaveError(
+                f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
+        return packed if packed.is_held else None
 
-        def pack(values: torch.Tensor | RowSource) -> torch.Tensor | None:
-            return self._pack_piece(values, weight, type_name, moments, dither)
+    def _pack_slices(self, weight: Weight, packed: _Packed, is_whole: bool, dither: bool):
+        """Packs a weight by slices of rows, or with `is_whole` in one.
 
-        is_per_tensor = type_name in ROW_TYPES and ROW_TYPES[type_name].is_per_tensor
-        if is_per_tensor and weight.name not in self.must_survive:
-            return self._try_pack_whole(weight, pack, moments)
-        is_whole = moments is not None or is_per_tensor
-        slice_values = max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES
-        for start, stop in weight.slices(slice_values):
+        Raises:
+            TooLargeError: The type cannot hold its values.
+        """
+
+        def pack(values: torch.Tensor) -> torch.Tensor:
+            if dither:
+                return packed.pack(_round_to_q8_0(values), is_plain=True)
+            if weight.patches and packed.pack_type.dtype is not None:
+                # Rounding to the nearest would lose a change below half a step of 16 bits.
+                values = stochastic_round(values.clone(), packed.pack_type.dtype)
+            return packed.pack(values)
+
+        for start, stop in weight.slices(
+                max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES):
             base, changes, values = self._patched(weight, start, stop)
             _reject_bad_values(values, weight)
             piece = pack(values)
-            if piece is None:
-                return None
             if changes and not dither and weight.name in self.must_survive:
                 piece, loses_change = self._enlarge(piece, base, values - base, pack)
-                if piece is None:
-                    return None
                 packed.loses_change = packed.loses_change or loses_change
-            packed.pieces.append(piece)
             if changes:
                 packed.retention.append(
                     self.retention.measure(base, changes, float_values(piece), start == 0))
-            packed.relative_error.add(values, piece)
-            packed.output_error = self._output_error(packed, values, moments)
-        return packed if packed.is_held else None
+            packed.add(values, piece)
 
-    def _output_error(self, packed: _Packed, values: torch.Tensor | RowSource,
-                      moments: SecondMoments | None) -> float | None:
-        """Returns `_Packed.output_error` of a weight in one piece, None where nothing needs it."""
-        is_needed = self.loss_kind not in (RESULT, WEIGHTS) or not packed.relative_error.is_small
-        piece = packed.pieces[0]
-        if not is_needed or moments is None or not is_packed(piece):
-            return None
-        return output_errors(values, [piece], moments, SAMPLED_ROWS)[0]
-
-    def _try_pack_whole(
-            self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None],
-            moments: SecondMoments | None
-    ) -> _Packed | None:
-        """Packs a weight of one scale in one piece, None where the type cannot hold its values.
+    def _pack_whole(self, weight: Weight, packed: _Packed):
+        """Packs a weight of one scale in one piece.
 
         Only slices of it are dense, unless a patch applies only to a whole weight.
 
-        Args:
-            weight: the weight.
-            pack: packs its values, or returns None.
-            moments: to pack it by.
+        Raises:
+            TooLargeError: The type cannot hold its values.
         """
-        packed, slices = _Packed(), weight.slices(SLICE_VALUES)
+        slices = weight.slices(SLICE_VALUES)
         source = self._rows_of(weight)
         if len(slices) == 1:
-            values = source.read(0, weight.shape[0])
-            source = RowSource.of(values)
-        piece = pack(source)
-        if piece is None:
-            return None
-        rows = min(weight.shape[0], max(1, SAMPLE_VALUES // source.columns))
-        packed.relative_error.add(source.read(0, rows).cpu(), take_rows(piece, slice(0, rows)))
-        packed.pieces.append(piece)
-        packed.output_error = self._output_error(packed, source, moments)
+            source = RowSource.of(source.read(0, weight.shape[0]))
+        piece = packed.pack(source)
+        packed.add(source, piece)
         for start, stop in slices if weight.patches else ():
             base, changes, _ = self._patched(weight, start, stop)
             if changes:
                 rows = float_values(take_rows(piece, slice(start, stop)))
                 packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
-        return packed if packed.is_held else None
 
     def _rows_of(self, weight: Weight) -> RowSource:
         """Returns a weight with its patches as a source of float32 rows; bad values raise."""
@@ -380,19 +359,14 @@ class WeightPacker:
     @staticmethod
     def _enlarge(
             piece: torch.Tensor, base: torch.Tensor, change: torch.Tensor,
-            pack: Callable[[torch.Tensor], torch.Tensor | None]
-    ) -> tuple[torch.Tensor | None, bool]:
-        """Enlarges a change until it arrives whole in packed rows.
+            pack: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, bool]:
+        """Enlarges a change, float32, until it arrives whole in packed rows.
 
-        Args:
-            piece: the rows with the change, packed.
-            base: the rows without it, float32.
-            change: what it adds, float32.
-            pack: packs rows, or returns None where the type cannot hold them.
+        piece: `base` with the change, packed by `pack`; base: the rows without it, float32.
 
         Returns:
-            The rows, packed, None where the type cannot hold them; and whether some of the change
-            is lost.
+            The rows, packed, and whether some of the change is lost.
         """
         power, factor, attempt = dot(change, change), 1.0, 0
         best, nearest = piece, math.inf
@@ -404,37 +378,8 @@ class WeightPacker:
             if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or is_largest:
                 return best, nearest > 2 * WHOLE
             factor = min(factor / max(share, 0.1), MAX_ENLARGED)
-            enlarged = pack(base + factor * change)
-            if enlarged is None:
-                return None, True
-            piece = enlarged
+            piece = pack(base + factor * change)
             attempt += 1
-
-    def _pack_piece(self, values: torch.Tensor | RowSource, weight: Weight, type_name: str,
-                   moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
-        """Packs rows in a type, to the CPU; None where the type cannot hold them.
-
-        values: a source of rows only for row types.
-        dither: whether values are rounded stochastically, for FINER only.
-        """
-        if isinstance(values, torch.Tensor) and type_name in PLAIN_DTYPES:
-            dtype = PLAIN_DTYPES[type_name]
-            # Rounding to the nearest would lose a change below half a step of 16 bits.
-            piece = stochastic_round(values.clone(), dtype) if weight.patches else values.to(dtype)
-            return piece.cpu() if piece.isfinite().all() else None
-        device = self.source.device
-        try:
-            if dither:
-                dithered = _round_to_q8_0(values).to(device)
-                return pack_type(type_name).pack(dithered, is_plain=True).to("cpu")
-            if isinstance(values, torch.Tensor):
-                values = values.to(device)
-            return pack_type(type_name).pack(values, moments).to("cpu")
-        except TooLargeError:
-            return None
-        except FormatError as error:
-            raise SaveError(
-                f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
 
 
 def _round_to_q8_0(values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import formats  # noqa: F401  registers the packed formats
-from ..formats.base import FORMATS, Format, FormatError
+from ..formats.base import FORMATS, Format, FormatError, TooLargeError
 from ..formats.comfyui import (
     F8_E4M3,
     INT4_CONVROT,
@@ -102,7 +102,7 @@ class PackType:
         return FORMATS[self.name].nbytes(math.prod(shape))
 
     def pack(self, weight: Any, moments: SecondMoments | None = None,
-             importance: torch.Tensor | None = None, is_plain: bool = False) -> PackedTensor:
+             importance: torch.Tensor | None = None, is_plain: bool = False) -> Any:
         """Packs a weight, on its device.
 
         Args:
@@ -115,14 +115,19 @@ class PackType:
                 with scales that just hold the largest values.
 
         Returns:
-            The packed weight, which shows as float32.
+            The packed weight, which shows as float32, or plain numbers.
 
         Raises:
             TooLargeError: A value is too large for the type.
             FormatError: A value is not finite, the type does not take the shape or cannot be
                 packed, or the moments are of another number of inputs.
         """
-        return pack_tensor(weight, FORMATS[self.name], moments, importance, is_plain)
+        if self.dtype is None:
+            return pack_tensor(weight, FORMATS[self.name], moments, importance, is_plain)
+        rounded = weight.to(self.dtype)
+        if not rounded.isfinite().all():
+            raise TooLargeError(f"The weight holds values that are too large for {self.name}.")
+        return rounded
 
 
 @dataclass(frozen=True, kw_only=True)

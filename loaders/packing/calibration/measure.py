@@ -118,11 +118,6 @@ def run_type(types: Sequence[str]) -> str:
     return next(type_name for type_name in RUN_TYPES if type_name in types)
 
 
-def quantize_layer(weight: torch.Tensor, type_name: str, moments: SecondMoments) -> PackedTensor:
-    """Packs a layer's weight with error feedback by the moments of its inputs."""
-    return TYPES[type_name].pack(weight, moments)
-
-
 def weight_errors(weight: torch.Tensor, importance: torch.Tensor) -> dict[str, float]:
     """Returns type -> power of the error of some rows of a weight, of each type that it may take.
 
@@ -209,7 +204,7 @@ class Costs:
         """Returns type -> cost of a layer with a weight, float32 (N, K); moments: of its inputs."""
         types = types_for(tuple(weight.shape))
         measured = {
-            type_name: self.output_error(layer, weight, quantize_layer(weight, type_name, moments))
+            type_name: self.output_error(layer, weight, TYPES[type_name].pack(weight, moments))
             for type_name in (types if self.every_type else [run_type(types)])
         }
         return scale_costs(measured, weight_errors(weight, moments.importance))
@@ -218,9 +213,8 @@ class Costs:
 def errors_of_layer(weight: torch.Tensor, moments: SecondMoments) -> list[float]:
     """Returns the power of the error of a layer's output over the output's, in `run_type`: packed
     by the moments of its inputs, and without. Some rows of its weight, float32 (N, K), tell it."""
-    rows, type_name = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
-    packed = [quantize_layer(rows, type_name, moments), TYPES[type_name].pack(rows)]
-    return output_errors(rows, packed, moments)
+    rows, pack_type = sample_rows(weight), TYPES[run_type(types_for(tuple(weight.shape)))]
+    return output_errors(rows, [pack_type.pack(rows, moments), pack_type.pack(rows)], moments)
 
 
 def estimate_costs(weight: torch.Tensor, moments: SecondMoments, error: float) -> dict[str, float]:

@@ -47,7 +47,7 @@ from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.method_choice import output_errors
 from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES, PackType
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -190,7 +190,9 @@ def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     patcher, runs = patcher_of("wan2.1-t2v", monkeypatch), []
     monkeypatch.setattr(Costs, "output_error",
                         lambda self, layer, weight, packed: runs.append(packed) or 1e-3)
-    monkeypatch.setattr(measuring, "quantize_layer", lambda weight, kind, moments: None)
+    pack = PackType.pack
+    monkeypatch.setattr(PackType, "pack", lambda self, weight, moments=None, importance=None: (
+        None if moments else pack(self, weight, importance=importance)))
     monkeypatch.setattr(measuring, "output_errors", lambda *_: [1.0])
     for thoroughness, of_each in (("fast", 0), ("normal", 1),
                                   ("one run per layer and type", 7)):
