@@ -46,7 +46,7 @@ from featherweight.loaders.packing.planning.fit import (
     workspace_bytes,
 )
 from featherweight.loaders.paths.folders import SENSITIVITY
-from featherweight.loaders.quantizers.comfyui import READERS
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
     load_checkpoint,
@@ -97,9 +97,9 @@ def test_compatibility_names_the_ggml_types_and_quantisers_that_are_refused():
 
 
 def test_compatibility_names_every_format_of_comfyui_that_is_read():
-    assert set(QUANT_ALGOS) <= set(READERS)
+    assert set(QUANT_ALGOS) <= set(COMFYUI_FORMATS)
     table = COMPATIBILITY.split("| format | written by |")[1].split("\n\n")[0]
-    assert [name for name in READERS
+    assert [name for name in COMFYUI_FORMATS
             if name not in table and name.removeprefix("float8_e4m3fn") not in table] == []
 
 

@@ -22,7 +22,7 @@ from comfy.taesd.taesd import TAESD
 from ...ops import cpu_features
 from ...ops.layers import AUTOMATIC, EXACT, FAST, INT8, cpu_attention
 from ...ops.tensor.packed_layout import convert_16bit, is_other_16bit, safe_detach
-from ..quantizers.comfyui import READERS
+from ..quantizers.comfyui_formats import COMFYUI_FORMATS, ComfyUIFormat
 
 FLOAT32 = "float32"  # of earlier versions: exact, in float32 on every device
 AS_COMFYUI = "as ComfyUI computes them"  # of earlier versions, of layers in ComfyUI's formats
@@ -35,11 +35,6 @@ HOST_FORMATS = {AUTOMATIC: AUTOMATIC, "exact, from the file's weights": EXACT,
 HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)
 # how a model computes -> who computes layers in ComfyUI's formats, with BY_COMPUTE
 WHO_COMPUTES = {AUTOMATIC: AUTOMATIC, EXACT: EXACT, FAST: AUTOMATIC, FLOAT32: EXACT}
-
-# Least compute capability of an NVIDIA GPU on which ComfyUI multiplies a format without converting
-# its weights first; of others int8's, whose product fails on some older ones.
-CAPABILITIES = {"float8_e4m3fn": (8, 9), "float8_e5m2": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
-INT8_CAPABILITY = (8, 0)
 
 # VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
 BFLOAT16_VAES = (TAESD,)
@@ -77,17 +72,18 @@ def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
     """
     if host_formats == AS_COMFYUI:
         return frozenset()
-    return frozenset(name for name in READERS
+    return frozenset(name for name in COMFYUI_FORMATS
                      if host_formats == EXACT or not host_multiplies(name, device))
 
 
 def host_multiplies(name: str, device: torch.device) -> bool:
     """Returns whether ComfyUI has a product for a format on a device."""
+    known = COMFYUI_FORMATS.get(name, ComfyUIFormat)  # which has the default of newer ones
     return (
         name in QUANT_ALGOS
         and device.type == "cuda"
         and torch.version.cuda is not None  # not AMD's
-        and torch.cuda.get_device_capability(device) >= CAPABILITIES.get(name, INT8_CAPABILITY)
+        and torch.cuda.get_device_capability(device) >= known.capability
     )
 
 

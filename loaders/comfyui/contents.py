@@ -19,7 +19,7 @@ from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
-from ..quantizers.comfyui import READERS
+from ..quantizers.comfyui_formats import COMFYUI_FORMATS
 from ..recipe import Recipe
 from .detection import try_detect
 from .model_summary import arithmetic_text, dequantize_backend_text, format_name
@@ -67,7 +67,7 @@ def file_contents(path: str | os.PathLike) -> Contents:
     problem = ""
     try:
         tensors = with_marks(file, tensors)
-        tensors = as_tensors(file, tensors, model_prefix(tensors), READERS)
+        tensors = as_tensors(file, tensors, model_prefix(tensors), COMFYUI_FORMATS)
     except WeightFileError as error:
         problem = str(error)
     formats = {

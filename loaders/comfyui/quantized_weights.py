@@ -24,7 +24,6 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
-from ...ops.stable_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import (
@@ -40,19 +39,6 @@ from ..files.scale_map import add_scales
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.comfyui import (
-    DOWN,
-    FP8,
-    GET_OTHER_CONVERSION,
-    GROUP_SCALE,
-    OF_KERNELS,
-    OTHER_MARK,
-    READERS,
-    SCALE,
-    SMOOTH,
-    SMOOTHING,
-    UP,
-    PartError,
-    format_of,
     is_kernel,
     layer_parts,
     pack_parts,
@@ -60,6 +46,19 @@ from ..quantizers.comfyui import (
     shifted_bias,
 )
 from ..quantizers.comfyui_banks import is_bank, pack_bank
+from ..quantizers.comfyui_formats import (
+    COMFYUI_FORMATS,
+    FP8,
+    GROUP_SCALE,
+    OTHER_MARK,
+    PART_NAMES,
+    SCALE,
+    Settings,
+    format_of,
+    is_rotated,
+    known_format,
+    setting,
+)
 from ..quantizers.comfyui_marks import (
     BOOLEAN_TEXT,
     MARK,
@@ -73,24 +72,12 @@ from ..quantizers.comfyui_marks import (
     old_markers,
     read_mark,
 )
-from ..quantizers.comfyui_settings import check_settings, is_rotated, unknown_settings
+from ..quantizers.comfyui_settings import check_settings, unknown_settings
 from ..quantizers.integers import pack_rows
+from ..quantizers.parts import GET_OTHER_CONVERSION, PartError
 
-# formats whose rotation the host undoes
-HOST_ROTATES = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
-# formats with two codes in a byte; their layout does not know the shape of the weight
-HALF_STORED = ("convrot_w4a4",)
-# format -> the first version of ComfyUI that reads it
-READ_BY = {"convrot_w4a4": "0.28", "asym_w4a8_int8": "0.33", "w6a8_int8": "0.38"}
-# whose names do not begin with "weight"
-OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
 OLD_INPUT_SCALE = ".scale_input"
 UPDATE = "Update ComfyUI, or get another conversion."
-
-
-@short_error_name
-class UnreadFormatError(PartError):
-    """A layer in a quantised format cannot be read; the message is part of a sentence."""
 
 
 def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: str = "",
@@ -120,10 +107,11 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
         is_inside = layer.startswith(prefix)
         if f"{layer}.weight" not in state_dict:
             continue
-        parts, bias = {name: state_dict[name] for name in names}, state_dict.get(f"{layer}.bias")
+        parts = {name.removeprefix(f"{layer}."): state_dict[name] for name in names}
+        bias = state_dict.get(f"{layer}.bias")
         try:
             weight, bias = _read_layer(layer, parts, bias, formats if is_inside else ())
-        except UnreadFormatError as error:
+        except PartError as error:
             if not is_inside:
                 continue  # what loads that part of a checkpoint, if anything does, says so
             raise _unread_layer_error(file, layer, error) from error
@@ -143,57 +131,43 @@ def _read_layer(layer: str, parts: dict[str, torch.Tensor], bias: torch.Tensor |
 
     Args:
         layer: its name.
-        parts: the tensors of its weight, by their whole names.
+        parts: the tensors of its weight, by the last parts of their names.
         bias: of the layer, or None.
         formats: as for `as_tensors`.
 
     Raises:
-        UnreadFormatError: neither this pack nor the host reads it.
+        PartError: neither this pack nor the host reads it.
     """
-    codes = parts[f"{layer}.weight"]
+    codes = parts["weight"]
     if codes.ndim < 2 or not codes.numel():
-        raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
-    settings = _read_settings(parts[f"{layer}{MARK}"])
-    name, weight = format_of(settings), None
-    _check_settings(layer, settings, parts)
-    if is_bank(settings, codes):
-        weight, bias = _packed(pack_bank, layer, settings, parts, bias)
-        if weight is None and codes.ndim == 2 and not host_reads_flat_banks():
-            raise UnreadFormatError(f"a flat bank of experts in {safe_repr(name)}", UPDATE)
-    elif is_kernel(settings, codes):
-        weight, bias = _packed(pack_parts, layer, settings, parts, bias)
-        if weight is None:
-            raise UnreadFormatError(f"it is the kernel of a convolution in {safe_repr(name)}, which"
-                                    " ComfyUI does not read", GET_OTHER_CONVERSION)
-    elif codes.ndim in (2, 4):  # 4: in tiles
-        scale = parts.get(f"{layer}.{SCALE}")
-        ours = READERS if formats is None or host_misreads(settings, scale) else formats
-        if name in ours:
-            weight, bias = _packed(pack_parts, layer, settings, parts, bias)
-        if weight is None and codes.ndim == 2:
-            of_host = _host_weight(layer, dict(parts))  # the host's layer pops what it uses
-            return (of_host if formats is None else None), bias
-    if weight is None:
-        _layer_settings(layer, parts)
+        raise PartError(f"it is {describe(codes)}, expected rows of codes")
+    settings = _read_settings(parts[MARK[1:]])
+    check_settings(settings, parts)
+    name, in_bank = format_of(settings), is_bank(settings, codes)
+    of_kernel = not in_bank and is_kernel(settings, codes)
+    is_ours = formats is None or in_bank or of_kernel or name in formats or host_misreads(
+        settings, parts.get(SCALE))
+    weight = None
+    if is_ours and (in_bank or of_kernel or codes.ndim in (2, 4)):  # 4: in tiles
+        try:
+            weight = (pack_bank if in_bank else pack_parts)(settings, parts)
+            bias = bias if weight is None else shifted_bias(weight, bias)
+        except PartError as error:
+            raise PartError(f"{name}: {error}", error.advice) from error
+    if weight is None and of_kernel:
+        raise PartError(f"it is the kernel of a convolution in {safe_repr(name)}, which ComfyUI"
+                        " does not read", GET_OTHER_CONVERSION)
+    if weight is None and codes.ndim == 2 and not in_bank:
+        of_host = _host_weight(layer, settings, parts)
+        weight = of_host if formats is None else None
+    elif weight is None:
+        if codes.ndim == 2 and not host_reads_flat_banks():
+            raise PartError(f"a flat bank of experts in {safe_repr(name)}", UPDATE)
+        _host_format(settings)
     return weight, bias
 
 
-def _check_settings(layer: str, settings: Mapping[str, Any], names: Iterable[str]):
-    """Raises UnreadFormatError where the settings of a layer say what its values are not read as.
-
-    Args:
-        layer: name of the layer.
-        settings: of its `comfy_quant`.
-        names: of its tensors.
-    """
-    try:
-        check_settings(format_of(settings), settings,
-                       [name.removeprefix(f"{layer}.") for name in names])
-    except PartError as error:
-        raise UnreadFormatError(str(error), error.advice) from error
-
-
-def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bool:
+def host_misreads(settings: Settings, scale: torch.Tensor | None) -> bool:
     """Returns whether the host reads other values than a weight has, or none.
 
     It knows of rotation in int8 alone, takes the scales of rows, (N,), for those of columns, and
@@ -203,11 +177,11 @@ def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bo
         settings: of the layer's `comfy_quant`.
         scale: its `weight_scale`, None where it has none.
     """
-    name = format_of(settings)
-    if name not in HOST_ROTATES and is_rotated(name, settings):
+    known = known_format(settings)
+    if is_rotated(settings) and not (known and known.host_rotates):
         return True
-    return (name in OF_KERNELS and scale is not None and scale.numel() > 1
-            and (scale.ndim == 1 or scale.shape[1:].numel() > 1))
+    return bool(known and known.of_blocks) and scale is not None and scale.numel() > 1 and (
+        scale.ndim == 1 or scale.shape[1:].numel() > 1)
 
 
 @functools.cache
@@ -279,7 +253,7 @@ def packed_of_host(weight: QuantizedTensor) -> PackedTensor | None:
     options = ("convrot", "convrot_groupsize", "group_size")
     settings = {name: getattr(params, name) for name in options if hasattr(params, name)}
     for name, algorithm in QUANT_ALGOS.items():
-        if algorithm["comfy_tensor_layout"] == weight._layout_cls and name in READERS:
+        if algorithm["comfy_tensor_layout"] == weight._layout_cls and name in COMFYUI_FORMATS:
             parts = weight.state_dict("weight")
             try:
                 packed = pack_parts(settings | {"format": name}, parts)
@@ -335,9 +309,9 @@ def with_marks(file: WeightFile,
         mended = None if weight is None else _mended_mark(mark, weight)
         if mended is not None:
             state_dict[name] = mended
-            with contextlib.suppress(UnreadFormatError):
+            with contextlib.suppress(PartError):
                 settings = _read_settings(mended)
-                unknown |= dict.fromkeys(unknown_settings(format_of(settings), settings), layer)
+                unknown |= dict.fromkeys(unknown_settings(settings), layer)
     if unknown:
         file.note(f"{file.path.name}: the comfy_quant of {safe_repr(next(iter(unknown.values())))}"
                   f" has {join_some(map(safe_repr, unknown))}, which this pack does not know."
@@ -380,7 +354,7 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
         return None
     try:
         settings = _read_settings(mark)
-    except UnreadFormatError:
+    except PartError:
         return mark
     if other := _other_fp8(settings, weight):
         return mark_of(settings | {"format": other})
@@ -388,7 +362,7 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
     return mark_of(settings) if data.endswith(b"\0") or BOOLEAN_TEXT.search(data) else mark
 
 
-def _other_fp8(settings: Mapping[str, Any], codes: torch.Tensor) -> str:
+def _other_fp8(settings: Settings, codes: torch.Tensor) -> str:
     """Returns the format of codes that are of another kind of fp8 than their mark names, or ""."""
     kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
     if codes.dtype in FP8 and kinds.get(format_of(settings), codes.dtype) != codes.dtype:
@@ -418,19 +392,20 @@ def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
     for layer, parts in _parts_of_layers([*names, *marks]).items():
         if f"{layer}.weight" not in names:
             continue
-        tensors = {name: marks[name] if name in marks else read(name) for name in parts}
-        weight, mark = tensors[f"{layer}.weight"], tensors[f"{layer}{MARK}"]
+        tensors = {name.removeprefix(f"{layer}."): marks[name] if name in marks else read(name)
+                   for name in parts}
+        weight, mark = tensors["weight"], tensors[MARK[1:]]
         is_old = f"{layer}{OLD_SCALE}" in names and f"{layer}.{SCALE}" not in names
-        scale = read(f"{layer}{OLD_SCALE}") if is_old else tensors.get(f"{layer}.{SCALE}")
+        scale = read(f"{layer}{OLD_SCALE}") if is_old else tensors.get(SCALE)
         try:
             settings = _read_settings(mark)
             if (format_of(settings) in formats or host_misreads(settings, scale)
-                    or any(unknown_settings(format_of(settings), settings))
+                    or any(unknown_settings(settings))
                     or _mended_mark(mark, weight) is not mark
                     or any(part.dtype == torch.float64 for part in tensors.values())
                     or (not is_old and _read_layer(layer, tensors, None, ())[0] is not None)):
                 return False
-        except UnreadFormatError:
+        except PartError:
             return False
     return all(read(name).numel() == 1 for name in names if name.endswith(OLD_INPUT_SCALE))
 
@@ -441,13 +416,13 @@ def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
     layers = {name.removesuffix(MARK): [] for name in names if name.endswith(MARK)}
     for name in names:
         layer, _, part = name.rpartition(".")
-        if layer in layers and (part.startswith("weight") or part in OTHER_PARTS):
+        if layer in layers and (part.startswith("weight") or part in PART_NAMES):
             layers[layer].append(name)
     return layers
 
 
 def _unread_layer_error(file: WeightFile, layer: str,
-                        error: UnreadFormatError) -> WeightFileError:
+                        error: PartError) -> WeightFileError:
     name = f"{layer}.weight"
     problem = f"{safe_repr(name)}: {error}"
     if error.advice == UPDATE:
@@ -456,45 +431,28 @@ def _unread_layer_error(file: WeightFile, layer: str,
     return file.error_at(name, problem, error.advice)
 
 
-def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Returns the settings of one layer's format; raises UnreadFormatError if it is unknown."""
-    settings = _read_settings(parts[f"{layer}{MARK}"])
+def _host_format(settings: Settings) -> str:
+    """Returns the name of a layer's format; raises PartError if the host does not know it."""
     name = settings.get("format")
     if not isinstance(name, str):
-        raise UnreadFormatError("its comfy_quant names no format")
+        raise PartError("its comfy_quant names no format")
     if name not in QUANT_ALGOS:
-        needed = [f"ComfyUI {READ_BY[name]}"] if name in READ_BY else []
-        if name in READERS:
-            needed.append("`compute` at automatic or exact")
-        by = f", which needs {' or '.join(needed)}" if needed else ""
-        raise UnreadFormatError(f"{safe_repr(name)}{by}", UPDATE)
-    return settings
+        known, by = COMFYUI_FORMATS.get(name), ""
+        if known is not None:
+            of_host = f"ComfyUI {known.since} or " if known.since else ""
+            by = f", which needs {of_host}`compute` at automatic or exact"
+        raise PartError(f"{safe_repr(name)}{by}", UPDATE)
+    return name
 
 
 def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
     """Returns the JSON of a layer's `comfy_quant`."""
     if mark.itemsize != 1 or mark.is_floating_point():
-        raise UnreadFormatError(f"its comfy_quant is {describe(mark)}, expected uint8")
+        raise PartError(f"its comfy_quant is {describe(mark)}, expected uint8")
     try:
         return read_mark(bytes_of(mark))
     except MarkError as error:
-        raise UnreadFormatError(str(error)) from error
-
-
-def _packed(pack: Callable[..., PackedTensor | None], layer: str, settings: Mapping[str, Any],
-            parts: Mapping[str, torch.Tensor],
-            bias: torch.Tensor | None) -> tuple[PackedTensor | None, torch.Tensor | None]:
-    """Returns what `pack_parts` or `pack_bank` makes of one weight, and the bias.
-
-    Raises:
-        UnreadFormatError: if a part is wrong.
-    """
-    try:
-        weight = pack(settings,
-                      {name.removeprefix(f"{layer}."): part for name, part in parts.items()})
-        return weight, bias if weight is None else shifted_bias(weight, bias)
-    except PartError as error:
-        raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
+        raise PartError(str(error)) from error
 
 
 @functools.cache
@@ -502,50 +460,48 @@ def _layer_class(make_operations: Callable[..., Any]) -> type:
     return make_operations(compute_dtype=torch.float32).Linear
 
 
-def _host_weight(layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
-    """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
+def _host_weight(layer: str, settings: Settings,
+                 parts: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    """Builds the host's tensor of one weight.
 
     Raises:
-        UnreadFormatError: if the host does not read the format or a part is wrong.
+        PartError: if the host does not read the format or a part is wrong.
     """
-    settings = _layer_settings(layer, parts)
-    name = settings["format"]
-    codes, expected = parts[f"{layer}.weight"], QUANT_ALGOS[name]["storage_t"]
+    name = _host_format(settings)
+    codes, expected = parts["weight"], QUANT_ALGOS[name]["storage_t"]
     allowed = {expected, torch.uint8} | ({torch.int8} if expected == torch.uint8 else set())
     if codes.dtype not in allowed:
-        raise UnreadFormatError(
+        raise PartError(
             f"{name}: it has weight of {describe(codes)}, expected"
             f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
+    left = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
     try:
-        rows, columns = _shape(name, settings, layer, parts)
+        rows, columns = _shape(name, settings, parts)
         module = _layer_class(comfy.ops.mixed_precision_ops)(columns, rows, bias=False)
-        module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
+        # which takes out what it uses
+        module._load_from_state_dict(left, f"{layer}.", {}, False, [], [], [])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,
             OverflowError) as error:
         if is_out_of_memory(error):
             raise
-        raise UnreadFormatError(f"{name}: {first_line(error)}") from error
-    ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
+        raise PartError(f"{name}: {first_line(error)}") from error
+    ignored = next((part for part in left if part.startswith(f"{layer}.weight")), None)
     if ignored is not None:  # without it the host would compute with wrong values
-        raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}",
-                                UPDATE)
+        raise PartError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}", UPDATE)
     weight: Any = module.weight.detach()
     return weight
 
 
-def _shape(name: str, settings: Mapping, layer: str,
-           parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def _shape(name: str, settings: Settings, parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """Returns a weight's shape, including the padding to whole blocks that some formats have."""
-    rows, stored = parts[f"{layer}.weight"].shape
+    rows, stored = parts["weight"].shape
     layout = get_layout_class(QUANT_ALGOS[name]["comfy_tensor_layout"])
     if hasattr(layout, "get_logical_shape_from_storage"):
         return layout.get_logical_shape_from_storage((rows, stored))
-    if f"{layer}.{GROUP_SCALE}" not in parts:  # of asym_w4a8_int8, (rows, groups of columns)
-        return rows, stored * (2 if name in HALF_STORED else 1)
-    params = settings.get("params", {})
-    default = params.get("group_size", 16) if isinstance(params, dict) else 16
-    group_size = settings.get("group_size", default)
-    columns = parts[f"{layer}.{GROUP_SCALE}"].shape[1] * int(group_size)
+    if GROUP_SCALE not in parts:
+        bits = COMFYUI_FORMATS[name].family.example.codes.bits if name in COMFYUI_FORMATS else 8
+        return rows, stored * 8 // bits
+    columns = parts[GROUP_SCALE].shape[1] * int(setting(settings, "group_size", 16))
     if stored * 2 != columns and not (hasattr(layout, "bits") and stored * 4 == columns * 3):
         # The host would take it for 4 bits.
         raise ValueError(f"it has {stored * 8 / columns:g} bits a value")

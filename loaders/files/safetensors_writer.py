@@ -21,8 +21,8 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import join_rows
 from ..quantizers.bitsandbytes import QUANT_TYPES
 from ..quantizers.comfyui import layer_parts
+from ..quantizers.comfyui_formats import LINEAR_DTYPE
 from ..quantizers.comfyui_marks import MARK, mark_of
-from ..quantizers.comfyui_settings import LINEAR_DTYPE
 from .atomic_file import Tensors, WeightsWriter, WriteError
 from .safetensors import SafetensorsFile
 

@@ -14,7 +14,7 @@ from ..comfyui.weight_keys import to_comfy_keys
 from ..container.weight_file import FileChangeGuard
 from ..encoders.arch import arch_of, strip_prefix
 from ..progress import Progress
-from ..quantizers.comfyui import SMOOTHING
+from ..quantizers.comfyui_formats import SMOOTHING
 from ..quantizers.comfyui_marks import MARK
 
 SLICE_VALUES = 1 << 22  # values dequantised at a time: 16 MB as float32

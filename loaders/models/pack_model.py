@@ -39,7 +39,7 @@ from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..packing.source import Weight, source_of_model
 from ..progress import Progress
-from ..quantizers.comfyui import FP8
+from ..quantizers.comfyui_formats import FP8
 from ..quantizers.judgement import judge
 from ..recipe import Recipe, model_paths, source_name
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets

@@ -9,37 +9,33 @@ W is the bytes of a row. Scales are those of all rows, of each expert, or one. C
 read flat banks, and takes rotated codes of a bank for ones that are not.
 """
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from ...ops.tensor.packed_tensor import PackedTensor, relabel
 from ..container.weight_file import describe, safe_repr
-from .comfyui import (
+from .comfyui import has_rows_of_experts, pack_parts
+from .comfyui_formats import (
     CODEBOOK,
     GROUP_SCALE,
     IGNORED,
     ROW_SCALE,
     SCALE,
-    format_of,
-    has_rows_of_experts,
-    pack_parts,
+    Settings,
+    known_format,
 )
 from .parts import PartError, Parts
 
 EXPERTS = "num_experts"
-FORMATS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise",
-           "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
 PARTS = (SCALE, GROUP_SCALE, ROW_SCALE, CODEBOOK)
 
 
-def is_bank(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
+def is_bank(settings: Settings, codes: torch.Tensor) -> bool:
     """Returns whether a weight is a bank of experts."""
     return EXPERTS in settings or has_rows_of_experts(codes)
 
 
-def pack_bank(settings: Mapping[str, Any],
-              parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
+def pack_bank(settings: Settings, parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
     """Makes one packed tensor of the parts of a bank.
 
     Args:
@@ -54,7 +50,8 @@ def pack_bank(settings: Mapping[str, Any],
     """
     parts = {name: part for name, part in parts.items() if name not in IGNORED}
     codes = parts.pop("weight")
-    if format_of(settings) not in FORMATS or set(parts) - set(PARTS) or codes.ndim not in (2, 3):
+    known = known_format(settings)
+    if known is None or not known.has_banks or set(parts) - set(PARTS) or codes.ndim not in (2, 3):
         return None
     experts = settings.get(EXPERTS, len(codes))
     if type(experts) is not int or experts < 1 or (

@@ -2,7 +2,7 @@
 
 | a setting | what follows |
 |---|---|
-| is read by the reader of the format (`READ`) | another value than the reader uses stops the load |
+| is read by its format (`ComfyUIFormat.settings`) | another value than it takes stops the load |
 | has no meaning for values (`MEANINGLESS`) | nothing |
 | changes values (`CHANGING`) | it stops the load, unless it is off or a part undoes it |
 | is none of these | it is named, and the file loads |
@@ -11,59 +11,13 @@ Sources: ComfyUI 0.33 `comfy/ops.py`, comfy-kitchen 0.2.40 `tensor/*.py`, conver
 `utils/comfy_quant.py`, comfy-quants `docs/formats`, molbal/ComfyUI-GGUF `tools/convert.py`.
 """
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..container.weight_file import safe_repr
 from ..read_anyway import READ_ANYWAY, reads_anyway
+from .comfyui_formats import NESTED, OFF, Settings, known_format
 from .parts import PartError
-
-Accepts = Callable[[Any], bool]
-
-FORMAT, NESTED = "format", "params"  # old writers nest settings in `params`
-CONVROT, ROTATION_SIZE = "convrot", "convrot_groupsize"
-# of convrot_w4a4: what ComfyUI rounds inputs to, "int8" or "int4", which it is without
-LINEAR_DTYPE = "linear_dtype"
-OFF = (None, False, 0, "", "none", "off", "false", "no")
-
-
-def _any(value: Any) -> bool:
-    return True
-
-
-def _is_one_of(*values: Any) -> Accepts:
-    return lambda value: value in values
-
-
-_NAMES = {FORMAT: _any, NESTED: _any, "per_row": _any}
-# readers turn values back where `convrot` says so, and check the number of columns
-_MAY_BE_ROTATED = _NAMES | {CONVROT: _any, ROTATION_SIZE: _any, "weight_rotated": _any}
-_IS_ROTATED = _MAY_BE_ROTATED | dict.fromkeys((CONVROT, "weight_rotated"), _is_one_of(True, 1))
-_IN_GROUPS = _NAMES | {"group_size": _any, "block_size": _any}  # which the reader compares
-_LEVELS = _IS_ROTATED | {"group_size": _any, "bits": _any, "symmetric": _any}
-
-
-def _groups_of(count: int) -> dict[str, Accepts]:
-    return dict.fromkeys(("group_size", "block_size"), _is_one_of(count, *OFF))
-
-
-# format -> the settings that its reader uses, and which values it takes
-READ: dict[str, dict[str, Accepts]] = {
-    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "int8_tensorwise"),
-                    _MAY_BE_ROTATED),
-    **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), _MAY_BE_ROTATED | _groups_of(32)),
-    "nvfp4": _MAY_BE_ROTATED | _groups_of(16),
-    **dict.fromkeys(("float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_blockwise"),
-                    _IN_GROUPS),
-    "convrot_w4a4": _IS_ROTATED,
-    "asym_w4a8_int8": _LEVELS, "w6a8_int8": _LEVELS,
-    "awq_w4a16": _IN_GROUPS,
-    "svdquant_w4a4": _NAMES | _groups_of(64) | {
-        "layout": _is_one_of("kitchen_tile_packed_w4a4", "natural", *OFF), "act_unsigned": _any,
-        "lowrank_branch_input_basis": _any, "proj_down_smooth_folded": _any},
-}
-# formats of which some have no setting for it
-ROTATED = ("convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
 
 # settings that say nothing about values -> who writes them, and what they say
 MEANINGLESS = {
@@ -89,29 +43,18 @@ CHANGING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
-def setting(settings: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns a setting, `default` where there is none."""
-    nested = settings.get(NESTED)
-    return settings.get(name, nested.get(name, default) if isinstance(nested, dict) else default)
-
-
-def is_rotated(format_name: str, settings: Mapping[str, Any]) -> bool:
-    """Returns whether the columns of a weight are rotated in groups."""
-    return format_name in ROTATED or bool(setting(settings, CONVROT, False))
-
-
-def check_settings(format_name: str, settings: Mapping[str, Any], parts: Collection[str]):
+def check_settings(settings: Settings, parts: Collection[str]):
     """Raises PartError where settings say what the values of a weight are not read as.
 
     Args:
-        format_name: that the settings name; of one that is not read here nothing is checked.
-        settings: of a layer's `comfy_quant`.
+        settings: of a layer's `comfy_quant`; of a format that is not read here nothing is checked.
         parts: the last parts of the names of the layer's tensors.
     """
-    if format_name not in READ or reads_anyway():
+    known = known_format(settings)
+    if known is None or reads_anyway():
         return
     for name, value in _entries(settings):
-        accepts = READ[format_name].get(name)
+        accepts = known.settings.get(name)
         what = None if accepts else _changed(name, value, parts)
         if what or (accepts and not accepts(value)):
             because = f", so its values are {what}" if what else ""
@@ -120,16 +63,17 @@ def check_settings(format_name: str, settings: Mapping[str, Any], parts: Collect
                 " read", f"Get another conversion. {READ_ANYWAY}")
 
 
-def unknown_settings(format_name: str, settings: Mapping[str, Any]) -> Iterator[str]:
+def unknown_settings(settings: Settings) -> Iterator[str]:
     """Yields the names of settings of which nobody here knows what they mean."""
-    for name, _ in _entries(settings) if format_name in READ else ():
-        if name not in READ[format_name] and not any(
+    known = known_format(settings)
+    for name, _ in _entries(settings) if known else ():
+        if known and name not in known.settings and not any(
                 re.fullmatch(pattern, name) for pattern in MEANINGLESS) and not any(
                 re.search(pattern, name.lower()) for pattern, _, _ in CHANGING):
             yield name
 
 
-def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _entries(settings: Settings) -> Iterator[tuple[str, Any]]:
     nested = settings.get(NESTED)
     yield from ((nested if isinstance(nested, dict) else {}) | dict(settings)).items()
 

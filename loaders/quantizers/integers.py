@@ -10,7 +10,7 @@ from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import WeightFile
-from .comfyui import FP8
+from .comfyui_formats import FP8
 from .parts import FLOATS, Part, PartError
 
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}

@@ -29,7 +29,8 @@ from ..container.weight_file import (
 from ..name_lists import join_some
 from ..read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers
-from .comfyui import FP8, SCALE, SCALE_2, format_of, nvfp4_scale_shapes
+from .comfyui import nvfp4_scale_shapes
+from .comfyui_formats import FP8, SCALE, SCALE_2, format_of, is_rotated
 from .comfyui_marks import (
     MARK,
     OLD_MARKER,
@@ -40,7 +41,6 @@ from .comfyui_marks import (
     marked_layers,
     read_mark,
 )
-from .comfyui_settings import is_rotated
 from .leftover_scales import MAX_UNSCALED
 
 FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
@@ -201,8 +201,7 @@ class _File:
                 continue
             with contextlib.suppress(MarkError, RuntimeError):  # likewise
                 marked = read_mark(bytes_of(self.sample(f"{layer}{MARK}")))
-                given, said = ((name, is_rotated(name, each)) for each in (settings, marked)
-                               for name in [format_of(each)])
+                given, said = ((format_of(each), is_rotated(each)) for each in (settings, marked))
                 if given != said:
                     by = [f"in {safe_repr(name)}{' with rotated columns' if turned else ''}"
                           for name, turned in (given, said)]

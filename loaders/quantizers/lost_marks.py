@@ -16,17 +16,15 @@ from ..container.weight_file import WeightFile, safe_repr
 from ..name_lists import join_some
 from ..read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers
-from .comfyui import FP8, GROUP_SCALE, IGNORED, PARTS, SCALE, SMOOTHING, format_of, pack_parts
+from .comfyui import pack_parts
 from .comfyui_banks import is_bank, pack_bank
+from .comfyui_formats import FP8, GROUP_SCALE, PART_NAMES, SCALE, is_rotated
 from .comfyui_marks import MARK, OLD_SCALE, mark_of, marked_layers, settings_of_layers
-from .comfyui_settings import check_settings, is_rotated
+from .comfyui_settings import check_settings
 from .integers import E8M0
 from .parts import PartError, Parts
 
 OLD = OLD_SCALE[1:]
-PART_NAMES = dict.fromkeys((SMOOTHING, *IGNORED, *(
-    name for layout in PARTS.values() for title, part in layout.items()
-    for name in (title, *part.other_names))))
 CODES = (torch.int8, torch.uint8, *FP8)
 MOST_SETTINGS = 32  # of a dtype that differ in a file, each of which is tried
 
@@ -56,7 +54,7 @@ def restore_marks(file: WeightFile, tensors: dict[str, torch.Tensor]):
         if is_old:
             parts[SCALE] = parts.pop(OLD)
         fitting = [settings for settings in known.get(codes.dtype, ()) if _fits(settings, parts)]
-        is_turned = any(is_rotated(format_of(settings), settings) for settings in fitting)
+        is_turned = any(map(is_rotated, fitting))
         if is_turned or (not fitting and _has_several_orders(parts)):
             of_others = ", and theirs are of rotated columns" if is_turned else ""
             raise file.error_at(
@@ -90,7 +88,7 @@ def _fits(settings: Mapping[str, Any], parts: Parts) -> bool:
     """Returns whether the parts of a layer can be read by the settings of another."""
     pack = pack_bank if is_bank(settings, parts["weight"]) else pack_parts
     try:
-        check_settings(format_of(settings), settings, parts)
+        check_settings(settings, parts)
         return pack(settings, dict(parts)) is not None
     except (PartError, FormatError):
         return False

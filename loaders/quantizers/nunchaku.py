@@ -40,7 +40,7 @@ from ...ops.tensor.row_slicing import take_rows
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
 from .base import HeaderOf, Layer, Quantizer, Read
-from .comfyui import HALVES, bias_of_shift
+from .comfyui_formats import HALVES, bias_of_shift
 from .parts import Part, PartError
 from .unsupported_quantizers import GET_OTHER_FORMAT
 

@@ -38,14 +38,8 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import WeightFile, describe, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui import (
-    FP8,
-    GROUP_SCALE,
-    SMOOTHING,
-    has_block_scales,
-    nvfp4_scale_shapes,
-    smooth,
-)
+from .comfyui import has_block_scales, nvfp4_scale_shapes, smooth
+from .comfyui_formats import FP8, GROUP_SCALE, SMOOTHING
 from .comfyui_marks import OLD_SCALE, SETTINGS, marked_layers
 from .integers import (
     CODES_OF_ROWS,

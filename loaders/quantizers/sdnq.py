@@ -44,7 +44,7 @@ from ..container.weight_file import (
     safe_repr,
 )
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui import MAX_ROTATION
+from .comfyui_formats import MAX_ROTATION
 from .comfyui_marks import MARK
 from .parts import FLOATS, Part, PartError
 

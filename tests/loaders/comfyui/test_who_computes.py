@@ -46,7 +46,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.loaders.quantizers.comfyui import READERS
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
 from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -231,9 +231,9 @@ def test_a_recipe_loads_them_again_as_chosen(format_name, folder):
 
 def test_the_choice_is_the_users_and_automatic_follows_the_device(monkeypatch):
     assert packed_formats(AS_COMFYUI, CPU) == frozenset()
-    assert packed_formats(EXACT, torch.device("cuda:0")) == set(READERS)
+    assert packed_formats(EXACT, torch.device("cuda:0")) == set(COMFYUI_FORMATS)
     for device in ("cpu", "mps", "xpu"):
-        assert packed_formats(AUTOMATIC, torch.device(device)) == set(READERS)
+        assert packed_formats(AUTOMATIC, torch.device(device)) == set(COMFYUI_FORMATS)
     capability = {"value": (8, 6)}
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])

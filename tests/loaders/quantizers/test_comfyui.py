@@ -8,12 +8,9 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.quantizers.comfyui import (
-    READERS,
-    PartError,
-    pack_parts,
-    shifted_bias,
-)
+from featherweight.loaders.quantizers.comfyui import pack_parts, shifted_bias
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.parts import PartError
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers import product
 from featherweight.ops.layers.comfyui_operations import packed_operations
@@ -355,7 +352,7 @@ def test_a_part_that_would_be_left_out_is_left_to_the_host():
 
 
 def test_every_format_of_the_host_is_read():
-    assert not set(QUANT_ALGOS) - set(READERS)
+    assert not set(QUANT_ALGOS) - set(COMFYUI_FORMATS)
 
 
 def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):
@@ -444,7 +441,7 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tensors | {"a.bias": bias}, path)
     file = open_weights(path)
-    out = as_tensors(file, file.state_dict(), formats=READERS)
+    out = as_tensors(file, file.state_dict(), formats=COMFYUI_FORMATS)
     assert set(out) == {"a.weight", "a.bias"}
     assert (out["a.weight"].dequantize() - expected).abs().max() < 1e-6
     shifted = bias + main.sum(1) * SHIFT if is_unsigned else bias
@@ -453,7 +450,7 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
         save_file(tensors, tmp_path / "without.safetensors")
         file = open_weights(tmp_path / "without.safetensors")
         with pytest.raises(ValueError, match="svdquant_w4a4: act_unsigned needs a bias"):
-            as_tensors(file, file.state_dict(), formats=READERS)
+            as_tensors(file, file.state_dict(), formats=COMFYUI_FORMATS)
 
 
 @pytest.mark.parametrize("bias", [

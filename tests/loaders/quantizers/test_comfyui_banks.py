@@ -15,7 +15,7 @@ from featherweight.loaders.comfyui.quantized_weights import (
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.comfyui import READERS
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.layers.packed_layers import MoEExperts
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -58,7 +58,7 @@ def test_a_bank_becomes_one_packed_tensor_of_its_experts(case, is_flat, tmp_path
     path = saved(tmp_path / "model.safetensors", parts)
     assert needs_own_reader(path)
     file = open_weights(path)
-    for formats in (READERS, ()):  # exact, and as ComfyUI
+    for formats in (COMFYUI_FORMATS, ()):  # exact, and as ComfyUI
         weights = as_tensors(file, read_marked(file), formats=formats)
         weight, = weights.values()
         assert is_packed(weight) and weight.shape == sizes

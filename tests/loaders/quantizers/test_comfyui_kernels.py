@@ -13,11 +13,15 @@ from safetensors.torch import save_file
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.comfyui import OF_KERNELS, READERS, row_type_of
+from featherweight.loaders.quantizers.comfyui import pack_parts, row_type_of
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
+
+
+OF_KERNELS = [name for name, known in COMFYUI_FORMATS.items() if known.read_kernel]
 
 
 def random_kernels():
@@ -41,7 +45,8 @@ def test_a_kernel_becomes_one_packed_tensor_of_its_writers_values(shape, name, s
     path = saved(tmp_path / "a.safetensors", parts)
     assert needs_own_reader(path)
     file = open_weights(path)
-    weight, = as_tensors(file, read_marked(file), formats=random.choice([READERS, ()])).values()
+    formats = random.choice([COMFYUI_FORMATS, ()])
+    weight, = as_tensors(file, read_marked(file), formats=formats).values()
     assert is_packed(weight) and weight.shape == shape and row_type_of(weight) is None
     assert (weight.dequantize() - values).abs().max() <= 1e-6 * values.abs().max()
     assert weight.nbytes <= parts["weight"].nbytes + 4 * shape[0]
@@ -56,8 +61,6 @@ def test_a_kernel_becomes_one_packed_tensor_of_its_writers_values(shape, name, s
     (1, 0, torch.float32), (2, 16, torch.float32), (2, 0, torch.bfloat16),
     (3, 16, torch.bfloat16)])
 def test_a_layer_convolves_with_the_values(kind, group, dtype):
-    from featherweight.loaders.quantizers.comfyui import pack_parts
-
     parts, values = write_kernel(torch.randn(12, 32, *(3,) * kind) * 0.1, group=group)
     mark = json.loads(parts.pop("comfy_quant").numpy().tobytes())
     layer = getattr(packed_operations(), f"Conv{kind}d")(32, 12, 3, padding=1, dtype=dtype)

@@ -33,7 +33,8 @@ from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models import diffusion
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.quantizers.comfyui_settings import READ, unknown_settings
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfyui_settings import unknown_settings
 from featherweight.loaders.read_anyway import VARIABLE
 from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
@@ -201,9 +202,10 @@ def test_a_setting_that_nobody_knows_is_named_and_the_file_loads(mode, load, tmp
     assert note in inspection_text(inspect(path)[0])
 
 
-@pytest.mark.parametrize("format_name", READ)
+@pytest.mark.parametrize("format_name", COMFYUI_FORMATS)
 def test_what_a_reader_uses_is_known(format_name):
-    assert not [*unknown_settings(format_name, dict.fromkeys(READ[format_name]))]
+    settings = dict.fromkeys(COMFYUI_FORMATS[format_name].settings) | {"format": format_name}
+    assert not [*unknown_settings(settings)]
 
 
 @pytest.mark.parametrize("mode", MODES)
