@@ -8,6 +8,8 @@ from pathlib import Path
 import comfy.options
 import pytest
 
+from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
 # each may import itself and those after it
@@ -193,6 +195,15 @@ def test_folders_import_only_those_below_them_in_the_table_of_architecture():
     assert len(imported) > 20 and sum(map(len, imported.values())) > 100
     assert not [reason for folder, others in imported.items() for other, reason in others.items()
                 if floors.index(other) <= floors.index(folder)]
+
+
+def test_only_their_records_name_more_than_half_of_comfyuis_formats():
+    named = {}
+    for path in SOURCES:
+        names = COMFYUI_FORMATS.keys() & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+        if 2 * len(names) > len(COMFYUI_FORMATS):
+            named[module_of(path)] = names
+    assert named == {"loaders.quantizers.comfyui_formats": COMFYUI_FORMATS.keys()}
 
 
 def test_ray_is_optional_and_starts_with_no_import():

@@ -73,9 +73,9 @@ def _family(name: str, layout, *sizes: int, **more) -> RowFamily:
 
 LOW_NIBBLES = partial(Codes, 4, "low first")
 E4M3, E5M2 = Codes(dtype=torch.float8_e4m3fn), Codes(dtype=torch.float8_e5m2)
-INT8_ROWS = RowFamily(  # int8_tensorwise
+INT8_ROWS = RowFamily(
     "INT8_ROWS", lambda columns: RowLayout(columns, INT8_CODES, is_host_format=True))
-INT8_GROUPS = _family("INT8_GROUPS", partial(in_groups, INT8_CODES), 128)  # int8_blockwise
+INT8_GROUPS = _family("INT8_GROUPS", partial(in_groups, INT8_CODES), 128)
 F8_E4M3 = _family("F8_E4M3", partial(in_groups, E4M3), 0, title="float8_e4m3fn")
 F8_E5M2 = _family("F8_E5M2", partial(in_groups, E5M2), 0, title="float8_e5m2")
 MXFP8 = _family("MXFP8", partial(in_groups, E4M3), MXFP8_GROUP, scale=Numbers("e8m0"),
@@ -87,12 +87,11 @@ NVFP4_LOW = _family("NVFP4_LOW", partial(nvfp4, "low first"), NVFP4_GROUP)
 SMOOTHED = {base.name: _smoothed(name, base) for name, base in (
     ("INT8_SMOOTHED", INT8_ROWS), ("F8_SMOOTHED", F8_E4M3), ("NVFP4_SMOOTHED", NVFP4_ROWS),
     ("NVFP4_LOW_SMOOTHED", NVFP4_LOW))}
-# int8_tensorwise with `convrot`, convrot_w4a4
 INT8_CONVROT = RowFamily("INT8_CONVROT", partial(_rotated, INT8_CODES, "int8_convrot"),
                          (ROTATION,))
 INT4_CONVROT = RowFamily("INT4_CONVROT", partial(
     _rotated, LOW_NIBBLES(SIGNED), "convrot_w4a4"), (ROTATION,))
-# base -> the same with `convrot`, which ComfyUI knows of int8_tensorwise only
+# base -> the same with `convrot`, which ComfyUI knows of INT8_ROWS only
 ROTATED = {INT8_ROWS.name: INT8_CONVROT, **{base.name: _turned(name, base) for name, base in (
     ("F8_E4M3_CONVROT", F8_E4M3), ("F8_E5M2_CONVROT", F8_E5M2), ("MXFP8_CONVROT", MXFP8),
     ("NVFP4_CONVROT", NVFP4_ROWS))}}
@@ -107,7 +106,6 @@ W4A8_SHIFTED, W4A8_SHIFTED_FLOAT = (
     for name, kind in (("W4A8_SHIFTED", "bf16"), ("W4A8_SHIFTED_FLOAT", "f32 bytes")))
 W6A8 = RowFamily("W6A8", partial(
     _levels, Codes(6, "planes", offset=32), title="w6a8_int8"), _SIZES)
-# awq_w4a16
 W4A16, W4A16_HALF, W4A16_FLOAT = (
     _family(name, partial(with_addend, LOW_NIBBLES(LESS_EIGHT), kind), AWQ_GROUP)
     for name, kind in (

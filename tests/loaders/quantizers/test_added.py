@@ -1,10 +1,10 @@
-"""A quantiser and a layout added as .github/adding.md says are known to everything else."""
+"""A quantiser, a layout and a format of ComfyUI's added as .github/adding.md says are known to
+everything else."""
 import os
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
 
 from devtools import ROOT
 
@@ -80,22 +80,85 @@ else:
     raise AssertionError("it was read")
 print("added")
 '''
+RECORD = """    ComfyUIFormat(
+        name="int8_halved", family=INT8_ROWS, parts={"weight": BYTES, "weight_half": OF_ROWS},
+        settings=_NAMES, has_banks=False, since="9.9", read=lambda stored: stored.pack(
+            INT8_ROWS, scale=stored.row_scales("weight_half") / 2)),
+"""
+FORMAT_CHILD = '''
+import sys, comfyui_and_pack
+sys.modules["featherweight"].__path__ = [sys.argv[1]]
+import torch
+from host_formats import mark_of, saved
+from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.who_computes import AUTOMATIC, packed_formats
+from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.loader_choice import needs_own_reader
+
+def read(formats, mark=None, **parts):
+    path = saved(sys.argv[1] + "/a.safetensors", {"comfy_quant": mark_of(mark or {
+        "format": "int8_halved"}), **parts})
+    assert needs_own_reader(path)
+    file = open_weights(path)
+    return as_tensors(file, read_marked(file), formats=formats)["L.weight"], file.notes
+
+codes, scale = torch.arange(24, dtype=torch.int8).view(4, 6), torch.rand(4)
+formats = packed_formats(AUTOMATIC, torch.device("cpu"))
+weight, notes = read(formats, weight=codes, weight_half=scale)
+assert torch.equal(weight.dequantize(), codes * (scale / 2)[:, None]) and not notes
+_, notes = read(formats, {"format": "int8_halved", "new": 1}, weight=codes, weight_half=scale)
+assert "'new', which this pack does not know" in str(notes), notes
+for message, given, parts in (
+        ("it has no weight_half, expected one number or N", formats, {"weight": codes}),
+        ("needs ComfyUI 9.9 or `compute`", (), {"weight": codes, "weight_half": scale}),
+        ("a convolution, expected one of int8_tensorwise", formats, {
+            "weight": codes.view(4, 2, 3), "weight_half": scale})):
+    try:
+        read(given, **parts)
+    except WeightFileError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+print("added")
+'''
+
+
+def pack_in(folder):
+    """A copy of what reads and computes."""
+    pack = folder / "pack"
+    for part in ("loaders", "ops"):
+        shutil.copytree(ROOT / part, pack / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "child_process.py", pack)
+    return pack
+
+
+def insert(path, pattern, text):
+    """Puts a text before what a file has once."""
+    source, count = re.subn(pattern, lambda found: text + found[0],
+                            path.read_text(encoding="utf-8"))
+    assert count == 1
+    path.write_text(source, encoding="utf-8")
+
+
+def assert_added(child, pack):
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(pack)], capture_output=True, text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(pack.parent), "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "tests/support"), str(ROOT)])})
+    assert done.returncode == 0 and done.stdout.endswith("added\n"), done.stderr[-3000:]
 
 
 def test_a_quantiser_and_a_layout_are_one_file_and_its_line_in_the_registry(tmp_path):
-    pack = tmp_path / "pack"
-    for folder in ("loaders", "ops"):
-        shutil.copytree(ROOT / folder, pack / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "child_process.py", pack)
+    pack = pack_in(tmp_path)
     (pack / "loaders/quantizers/squarer.py").write_text(MODULE)
     registry = pack / "loaders/quantizers/registry.py"
-    text = registry.read_text(encoding="utf-8")
-    text = text.replace("    sdnq,\n", "    sdnq,\n    squarer,\n", 1)
-    text, count = re.subn(r"sdnq\.QUANTIZER,", "sdnq.QUANTIZER, squarer.QUANTIZER,", text)
-    assert count == 1
-    registry.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(pack)], capture_output=True, text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(
-            [str(ROOT / "tests/support"), str(ROOT)])})
-    assert done.returncode == 0 and done.stdout.endswith("added\n"), done.stderr[-3000:]
+    insert(registry, r"    torchao,\n", "    squarer,\n")
+    insert(registry, r"sdnq\.QUANTIZER,", "squarer.QUANTIZER, ")
+    assert_added(CHILD, pack)
+
+
+def test_a_format_of_comfyuis_is_one_record(tmp_path):
+    pack = pack_in(tmp_path)
+    insert(pack / "loaders/quantizers/comfyui_formats.py", r"\)\}\n# all names", RECORD)
+    assert_added(FORMAT_CHILD, pack)

@@ -20,7 +20,6 @@ from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 
-
 OF_KERNELS = [name for name, known in COMFYUI_FORMATS.items() if known.read_kernel]
 
 
