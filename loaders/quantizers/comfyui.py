@@ -124,7 +124,7 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
     """
     packed_format: Any = packed.params.format
     columns = packed.shape[1]
-    family = SMOOTHED.get(packed_format.family)
+    family = SMOOTHED.get(getattr(packed_format, "family", ""))
     missing = columns - factors.numel()  # of the columns that fill a row up
     if family is None or packed.ndim > 2 or not 0 <= missing < packed_format.padding:
         raise PartError(f"its {SMOOTHING} is {describe(factors)}")

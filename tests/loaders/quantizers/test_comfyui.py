@@ -473,3 +473,11 @@ def test_parts_of_svdquant_that_do_not_fit_are_named(part, tensor):
         pack_parts(SVDQUANT, parts | {part: tensor})
     with pytest.raises(PartError, match="it has no smooth_factor"):
         pack_parts(SVDQUANT, {"weight": parts["weight"], "weight_scale": parts["weight_scale"]})
+
+
+@pytest.mark.parametrize("settings", [{}, {"act_unsigned": True}])
+@pytest.mark.parametrize("left_out", [(), ("proj_down", "proj_up")])
+def test_svdquant_takes_no_further_factors_of_the_input(left_out, settings):
+    parts = {name: part for name, part in svdquant_parts()[0].items() if name not in left_out}
+    with pytest.raises(PartError, match="its pre_quant_scale is"):
+        pack_parts(SVDQUANT | settings, parts | {"pre_quant_scale": torch.ones(128)})
