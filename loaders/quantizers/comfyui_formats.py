@@ -9,7 +9,7 @@ convert_to_quant.
 """
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ CONVROT, ROTATION_SIZE = "convrot", "convrot_groupsize"
 # what ComfyUI rounds inputs to, "int8" or "int4", which it is without
 LINEAR_DTYPE = "linear_dtype"
 OFF = (None, False, 0, "", "none", "off", "false", "no")
+INT8 = "int8_tensorwise"  # which INT8-Fast's settings mean, though they name no format
 
 HALVES = (torch.bfloat16, torch.float16)
 FP8 = {torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
@@ -128,7 +129,7 @@ class ComfyUIFormat:
 
     Attributes:
         name: in a layer's `comfy_quant`.
-        family: of the packed tensors that its weights become, or of those alike.
+        family: of the packed tensors that its weights become, one of them where there are several.
         parts: of a weight, but `SMOOTHING`, factors of the input (K,), and `IGNORED`.
         in_tiles: likewise where the codes have four dimensions; {}: they never have.
         settings: those that `read` uses -> which of their values it takes.
@@ -174,7 +175,7 @@ def setting(settings: Settings, name: str, default: Any) -> Any:
 
 
 def format_of(settings: Settings) -> str:
-    """Returns the format that a layer's settings name, "" for none; INT8-Fast's leave it out."""
+    """Returns the name of the format that a layer's settings mean, "" for none."""
     name = settings.get(FORMAT)
     if name is None and settings.get("per_row") is True:
         return INT8
@@ -443,23 +444,24 @@ _LOW_RANK = {
     UP: Part("(N, R) or (N / 128, R, 128)", (*HALVES, torch.float32), "low rank",
              (f"weight_{UP}",))}
 
-INT8 = "int8_tensorwise"
-_FP8_OF_ROWS: dict[str, Any] = {
-    "parts": {"weight": FP8_CODES, **_ROWS}, "settings": _MAY_BE_ROTATED, "read": _rows,
-    "read_kernel": _fp8_kernel, "of_blocks": "float8_e4m3fn_blockwise", "has_banks": True}
-_FP8_OF_BLOCKS: dict[str, Any] = {
-    "family": F8_E4M3, "parts": {"weight": FP8_CODES, **_BLOCKS}, "settings": _IN_GROUPS,
-    "read": _blocks}
-_MXFP8: dict[str, Any] = {
-    "family": MXFP8, "parts": {"weight": FP8_CODES, SCALE: IN_PIECES, SCALE_2: ALWAYS_1},
-    "settings": _MAY_BE_ROTATED | _groups_of(32), "read": _rows}
-_LEVELS: dict[str, Any] = {
-    "parts": {"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK),
-              GROUP_SCALE: Part("(N, G)"), ROW_SCALE: OF_ROWS,
-              CODEBOOK: Part("(16,)", optional=CODEBOOK),
-              CORRECTION: Part("(G, N)", optional=CORRECTION)},
-    "settings": _IS_ROTATED | {"group_size": _any, "bits": _any, "symmetric": _any},
-    "read": _levels, "has_banks": True, "is_rotated": True, "host_rotates": True}
+_FP8_ROWS = ComfyUIFormat(
+    name="float8_e4m3fn_rowwise", family=F8_E4M3, parts={"weight": FP8_CODES, **_ROWS},
+    settings=_MAY_BE_ROTATED, read=_rows, read_kernel=_fp8_kernel,
+    of_blocks="float8_e4m3fn_blockwise", has_banks=True)
+_FP8_BLOCKS = ComfyUIFormat(
+    name="float8_e4m3fn_blockwise", family=F8_E4M3, parts={"weight": FP8_CODES, **_BLOCKS},
+    settings=_IN_GROUPS, read=_blocks)
+_MXFP8 = ComfyUIFormat(
+    name="hybrid_mxfp8", family=MXFP8, parts={"weight": FP8_CODES, SCALE: IN_PIECES,
+                                              SCALE_2: ALWAYS_1},
+    settings=_MAY_BE_ROTATED | _groups_of(32), read=_rows)
+_LEVELS = ComfyUIFormat(
+    name="w6a8_int8", family=W6A8, settings=_IS_ROTATED | {
+        "group_size": _any, "bits": _any, "symmetric": _any},
+    parts={"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK), GROUP_SCALE: Part("(N, G)"),
+           ROW_SCALE: OF_ROWS, CODEBOOK: Part("(16,)", optional=CODEBOOK),
+           CORRECTION: Part("(G, N)", optional=CORRECTION)},
+    read=_levels, has_banks=True, is_rotated=True, host_rotates=True, since="0.38")
 COMFYUI_FORMATS = {record.name: record for record in (
     ComfyUIFormat(
         name=INT8, family=INT8_ROWS, parts={"weight": BYTES, **_ROWS}, settings=_MAY_BE_ROTATED,
@@ -468,15 +470,13 @@ COMFYUI_FORMATS = {record.name: record for record in (
         row_type="int8_convrot"),
     ComfyUIFormat(name="int8_blockwise", family=INT8_GROUPS, parts={"weight": BYTES, **_BLOCKS},
                   settings=_IN_GROUPS, read=_blocks),
-    ComfyUIFormat(name="float8_e4m3fn", family=F8_E4M3, **_FP8_OF_ROWS, is_of_one_number=True,
-                  written=(F8_E4M3,), write=_write_fp8, capability=(8, 9)),
-    ComfyUIFormat(name="float8_e5m2", family=F8_E5M2, **_FP8_OF_ROWS, capability=(8, 9)),
-    ComfyUIFormat(name="float8_e4m3fn_rowwise", family=F8_E4M3, **_FP8_OF_ROWS),
-    ComfyUIFormat(name="float8_e4m3fn_blockwise", **_FP8_OF_BLOCKS),
-    ComfyUIFormat(name="float8_e4m3fn_block3d", **_FP8_OF_BLOCKS),
-    ComfyUIFormat(name="mxfp8", **_MXFP8, written=(MXFP8,), write=_write_mxfp8,
-                  capability=(10, 0)),
-    ComfyUIFormat(name="hybrid_mxfp8", **_MXFP8),
+    replace(_FP8_ROWS, name="float8_e4m3fn", is_of_one_number=True, written=(F8_E4M3,),
+            write=_write_fp8, capability=(8, 9)),
+    replace(_FP8_ROWS, name="float8_e5m2", family=F8_E5M2, capability=(8, 9)),
+    _FP8_ROWS,
+    _FP8_BLOCKS, replace(_FP8_BLOCKS, name="float8_e4m3fn_block3d"),
+    replace(_MXFP8, name="mxfp8", written=(MXFP8,), write=_write_mxfp8, capability=(10, 0)),
+    _MXFP8,
     ComfyUIFormat(
         name="nvfp4", family=NVFP4_ROWS, parts={"weight": NIBBLES, SCALE: IN_PIECES,
                                                 SCALE_2: OF_ROWS},
@@ -486,9 +486,9 @@ COMFYUI_FORMATS = {record.name: record for record in (
         name="convrot_w4a4", family=INT4_CONVROT, parts={"weight": NIBBLES, **_ROWS},
         settings=_IS_ROTATED, read=_nibbles, has_banks=True, is_rotated=True, host_rotates=True,
         written=(INT4_CONVROT,), write=_write_nibbles, since="0.28"),
-    ComfyUIFormat(name="asym_w4a8_int8", family=W4A8, **_LEVELS,
-                  written=(W4A8, W4A8_INTEGERS, W4A8_TABLE), write=_write_levels, since="0.33"),
-    ComfyUIFormat(name="w6a8_int8", family=W6A8, **_LEVELS, since="0.38"),
+    replace(_LEVELS, name="asym_w4a8_int8", family=W4A8, write=_write_levels, since="0.33",
+            written=(W4A8, W4A8_INTEGERS, W4A8_TABLE)),
+    _LEVELS,
     ComfyUIFormat(
         name="awq_w4a16", family=W4A16, settings=_IN_GROUPS, read=_awq,
         parts={"weight": NIBBLES, SCALE: Part("(G, N)", FLOATS),
