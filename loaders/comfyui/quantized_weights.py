@@ -107,7 +107,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
         is_inside = layer.startswith(prefix)
         if f"{layer}.weight" not in state_dict:
             continue
-        parts = {name.removeprefix(f"{layer}."): state_dict[name] for name in names}
+        parts = {part: state_dict[name] for part, name in names.items()}
         bias = state_dict.get(f"{layer}.bias")
         try:
             weight, bias = _read_layer(layer, parts, bias, formats if is_inside else ())
@@ -116,7 +116,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                 continue  # what loads that part of a checkpoint, if anything does, says so
             raise _unread_layer_error(file, layer, error) from error
         if weight is not None:
-            for name in names:
+            for name in names.values():
                 del out[name]
             out[f"{layer}.weight"] = weight
             if bias is not None:
@@ -317,7 +317,7 @@ def with_marks(file: WeightFile,
                   f" has {join_some(map(safe_repr, unknown))}, which this pack does not know."
                   " Images may be wrong if it changes weights.")
     for names in _parts_of_layers(state_dict).values():
-        for name in names:  # ComfyUI's products take no float64
+        for name in names.values():  # ComfyUI's products take no float64
             if state_dict[name].dtype == torch.float64:
                 state_dict[name] = state_dict[name].float()
     return state_dict
@@ -356,18 +356,11 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
         settings = _read_settings(mark)
     except PartError:
         return mark
-    if other := _other_fp8(settings, weight):
-        return mark_of(settings | {"format": other})
+    kind, *kinds = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FP8))
+    if weight.dtype in FP8 and format_of(settings) in {*kinds} - {kind}:
+        return mark_of(settings | {"format": kind})
     data = bytes_of(mark)
     return mark_of(settings) if data.endswith(b"\0") or BOOLEAN_TEXT.search(data) else mark
-
-
-def _other_fp8(settings: Settings, codes: torch.Tensor) -> str:
-    """Returns the format of codes that are of another kind of fp8 than their mark names, or ""."""
-    kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
-    if codes.dtype in FP8 and kinds.get(format_of(settings), codes.dtype) != codes.dtype:
-        return str(codes.dtype).removeprefix("torch.")
-    return ""
 
 
 def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
@@ -389,40 +382,39 @@ def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
     marks = {f"{layer}{MARK}": mark_of(settings) for layer, settings in listed.items()}
     marks |= {f"{name.removesuffix(OLD_SCALE)}{MARK}": mark_of({"format": "float8_e4m3fn"})
               for name in (names if old_markers(names) else ()) if name.endswith(OLD_SCALE)}
-    for layer, parts in _parts_of_layers([*names, *marks]).items():
+    for layer, names_of_parts in _parts_of_layers([*names, *marks]).items():
         if f"{layer}.weight" not in names:
             continue
-        tensors = {name.removeprefix(f"{layer}."): marks[name] if name in marks else read(name)
-                   for name in parts}
-        weight, mark = tensors["weight"], tensors[MARK[1:]]
+        parts = {part: marks[name] if name in marks else read(name)
+                 for part, name in names_of_parts.items()}
+        weight, mark = parts["weight"], parts[MARK[1:]]
         is_old = f"{layer}{OLD_SCALE}" in names and f"{layer}.{SCALE}" not in names
-        scale = read(f"{layer}{OLD_SCALE}") if is_old else tensors.get(SCALE)
+        scale = read(f"{layer}{OLD_SCALE}") if is_old else parts.get(SCALE)
         try:
             settings = _read_settings(mark)
             if (format_of(settings) in formats or host_misreads(settings, scale)
                     or any(unknown_settings(settings))
                     or _mended_mark(mark, weight) is not mark
-                    or any(part.dtype == torch.float64 for part in tensors.values())
-                    or (not is_old and _read_layer(layer, tensors, None, ())[0] is not None)):
+                    or any(part.dtype == torch.float64 for part in parts.values())
+                    or (not is_old and _read_layer(layer, parts, None, ())[0] is not None)):
                 return False
         except PartError:
             return False
     return all(read(name).numel() == 1 for name in names if name.endswith(OLD_INPUT_SCALE))
 
 
-def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Returns layer -> names of the tensors of its quantised weight, in the order of `names`."""
+def _parts_of_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns layer -> parts of its quantised weight, in the order of `names` -> their names."""
     names = dict.fromkeys(names)
-    layers = {name.removesuffix(MARK): [] for name in names if name.endswith(MARK)}
+    layers = {name.removesuffix(MARK): {} for name in names if name.endswith(MARK)}
     for name in names:
         layer, _, part = name.rpartition(".")
         if layer in layers and (part.startswith("weight") or part in PART_NAMES):
-            layers[layer].append(name)
+            layers[layer][part] = name
     return layers
 
 
-def _unread_layer_error(file: WeightFile, layer: str,
-                        error: PartError) -> WeightFileError:
+def _unread_layer_error(file: WeightFile, layer: str, error: PartError) -> WeightFileError:
     name = f"{layer}.weight"
     problem = f"{safe_repr(name)}: {error}"
     if error.advice == UPDATE:

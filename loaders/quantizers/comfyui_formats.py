@@ -76,7 +76,7 @@ TILE = 128  # rows of codes in tiles
 SLICE_VALUES = 1 << 17  # that are dequantised at a time, in the cache of a core
 
 Settings = Mapping[str, Any]
-Accepts = Callable[[Any], bool]
+Values = tuple[Any, ...] | None
 Written = tuple[dict[str, Any], Parts]
 
 
@@ -132,7 +132,7 @@ class ComfyUIFormat:
         family: of the packed tensors that its weights become, one of them where there are several.
         parts: of a weight, but `SMOOTHING`, factors of the input (K,), and `IGNORED`.
         in_tiles: likewise where the codes have four dimensions; {}: they never have.
-        settings: those that `read` uses -> which of their values it takes.
+        settings: those that `read` uses -> the values that it takes, None: checks, or takes any.
         read: returns a packed tensor of (N, K), padded as in the file, or None for what is not read
             here. Raises PartError where the parts do not belong together.
         read_kernel: likewise of (N, C, ...), the kernel of a convolution; None: it has none.
@@ -153,7 +153,7 @@ class ComfyUIFormat:
     family: RowFamily
     parts: Mapping[str, Part]
     in_tiles: Mapping[str, Part] = field(default_factory=dict)
-    settings: Mapping[str, Accepts]
+    settings: Mapping[str, Values]
     read: Callable[[Stored], PackedTensor | None]
     read_kernel: Callable[[Stored], PackedTensor] | None = None
     of_blocks: str = ""
@@ -412,23 +412,15 @@ def _write_levels(layout: RowLayout, tensors: Parts) -> Written:
     return {"group_size": layout.group, ROTATION_SIZE: layout.rotation}, parts
 
 
-def _any(value: Any) -> bool:
-    return True
+def _groups_of(count: int) -> dict[str, Values]:
+    return dict.fromkeys(("group_size", "block_size"), (count, *OFF))
 
 
-def _is_one_of(*values: Any) -> Accepts:
-    return lambda value: value in values
-
-
-def _groups_of(count: int) -> dict[str, Accepts]:
-    return dict.fromkeys(("group_size", "block_size"), _is_one_of(count, *OFF))
-
-
-_NAMES = {FORMAT: _any, NESTED: _any, "per_row": _any}
+_NAMES: dict[str, Values] = dict.fromkeys((FORMAT, NESTED, "per_row"))
 # readers turn values back where `convrot` says so, and check the number of columns
-_MAY_BE_ROTATED = _NAMES | {CONVROT: _any, ROTATION_SIZE: _any, "weight_rotated": _any}
-_IS_ROTATED = _MAY_BE_ROTATED | dict.fromkeys((CONVROT, "weight_rotated"), _is_one_of(True, 1))
-_IN_GROUPS = _NAMES | {"group_size": _any, "block_size": _any}  # which the reader compares
+_MAY_BE_ROTATED = _NAMES | dict.fromkeys((CONVROT, ROTATION_SIZE, "weight_rotated"))
+_IS_ROTATED = _MAY_BE_ROTATED | dict.fromkeys((CONVROT, "weight_rotated"), (True,))
+_IN_GROUPS = _NAMES | dict.fromkeys(("group_size", "block_size"))  # which the reader compares
 
 FP8_CODES = Part("(N, K)", (*FP8, torch.uint8), advice=OTHER_MARK)
 BYTES = Part("(N, K)", (torch.int8, torch.uint8), advice=OTHER_MARK)
@@ -456,8 +448,8 @@ _MXFP8 = ComfyUIFormat(
                                               SCALE_2: ALWAYS_1},
     settings=_MAY_BE_ROTATED | _groups_of(32), read=_rows)
 _LEVELS = ComfyUIFormat(
-    name="w6a8_int8", family=W6A8, settings=_IS_ROTATED | {
-        "group_size": _any, "bits": _any, "symmetric": _any},
+    name="w6a8_int8", family=W6A8, settings=_IS_ROTATED | dict.fromkeys(
+        ("group_size", "bits", "symmetric")),
     parts={"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK), GROUP_SCALE: Part("(N, G)"),
            ROW_SCALE: OF_ROWS, CODEBOOK: Part("(16,)", optional=CODEBOOK),
            CORRECTION: Part("(G, N)", optional=CORRECTION)},
@@ -498,10 +490,9 @@ COMFYUI_FORMATS = {record.name: record for record in (
         parts={"weight": NIBBLES, SCALE: Part("(K / 64, N)", HALVES), **_LOW_RANK},
         in_tiles={"weight": Part("(N / 128, K / 64, 32, 128)", BYTES.dtypes, advice=OTHER_MARK),
                   SCALE: Part("(N / 128, K / 64, 128)", HALVES), **_LOW_RANK},
-        settings=_NAMES | _groups_of(64) | {
-            "layout": _is_one_of("kitchen_tile_packed_w4a4", "natural", *OFF),
-            "act_unsigned": _any, "lowrank_branch_input_basis": _any,
-            "proj_down_smooth_folded": _any}),
+        settings=_NAMES | _groups_of(64) | dict.fromkeys((
+            "act_unsigned", "lowrank_branch_input_basis", "proj_down_smooth_folded")) | {
+                "layout": ("kitchen_tile_packed_w4a4", "natural", *OFF)}),
 )}
 # all names that parts of a layer have
 PART_NAMES = (SMOOTHING, *IGNORED, *dict.fromkeys(

@@ -54,9 +54,9 @@ def check_settings(settings: Settings, parts: Collection[str]):
     if known is None or reads_anyway():
         return
     for name, value in _entries(settings):
-        accepts = known.settings.get(name)
-        what = None if accepts else _changed(name, value, parts)
-        if what or (accepts and not accepts(value)):
+        values = known.settings.get(name)
+        what = None if name in known.settings else _changed(name, value, parts)
+        if what or (values is not None and value not in values):
             because = f", so its values are {what}" if what else ""
             raise PartError(
                 f"its comfy_quant has {safe_repr(name)}: {safe_repr(value)}{because}, which is not"
