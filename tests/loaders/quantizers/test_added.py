@@ -91,7 +91,7 @@ sys.modules["featherweight"].__path__ = [sys.argv[1]]
 import torch
 from host_formats import mark_of, saved
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
-from featherweight.loaders.comfyui.who_computes import AUTOMATIC, packed_formats
+from featherweight.loaders.comfyui.compute import AUTOMATIC, packed_formats
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
