@@ -144,7 +144,7 @@ class ComfyUIFormat:
         written: families of packed tensors that files can hold bit for bit.
         write: returns the settings and parts of such a weight, besides its format and codes, from
             its layout and tensors.
-        row_type: key of `ops.packing.row_types.ROW_TYPES` for its packed tensors; "": its name.
+        row_type: key of `ops.packing.pack_types.ROW_TYPES` for its packed tensors; "": its name.
         since: first version of ComfyUI that reads it; "": the oldest one here, or none does.
         capability: least compute capability of an NVIDIA GPU on which ComfyUI multiplies it without
             converting its weights first; int8's product fails on some older ones.

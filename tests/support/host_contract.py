@@ -71,6 +71,7 @@ POSITIONS = {
     "comfy_kitchen.tensor.register_layout_class": "name cls",
     "comfy_kitchen.tensor.register_layout_op": "torch_op layout_cls",
     "execution.validate_prompt": "prompt_id prompt partial_execution_list",
+    "folder_paths.cache_helper.get": "key default", "folder_paths.cache_helper.set": "key value",
     "folder_paths.get_full_path": "folder_name filename",
     "folder_paths.get_save_image_path": "filename_prefix output_dir",
 }
