@@ -22,7 +22,7 @@ from .load_diffusion_model import (
     size_input,
 )
 from .node_text import loader_output
-from .search_words import OF_CHECKPOINTS, family_aliases
+from .search_words import CHECKPOINT_WORDS, family_aliases
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -45,7 +45,7 @@ class LoadCheckpoint(io.ComfyNode):
                 "checkpoint loader",
                 "ckpt",
                 *family_aliases("checkpoint"),
-                *OF_CHECKPOINTS,
+                *CHECKPOINT_WORDS,
             ],
             inputs=[
                 io.Combo.Input(

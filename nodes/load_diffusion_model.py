@@ -21,7 +21,7 @@ from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
-from .search_words import OF_MODELS, family_aliases
+from .search_words import MODEL_WORDS, family_aliases
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 NO_CHANGE = "no change"
@@ -165,7 +165,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 "unet loader",
                 "load nf4",
                 *family_aliases(),
-                *OF_MODELS,
+                *MODEL_WORDS,
             ],
             inputs=[
                 io.Combo.Input(

@@ -24,7 +24,7 @@ from .load_diffusion_model import (
     size_input,
 )
 from .node_text import loader_output
-from .search_words import OF_ENCODERS, family_aliases
+from .search_words import ENCODER_WORDS, family_aliases
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -73,7 +73,7 @@ class LoadTextEncoder(io.ComfyNode):
                 "text encoder",
                 "mmproj",
                 *family_aliases("clip"),
-                *OF_ENCODERS,
+                *ENCODER_WORDS,
             ],
             inputs=[
                 io.Combo.Input(

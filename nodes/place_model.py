@@ -11,7 +11,7 @@ from ..ops.log import log
 from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
 from .number_checks import reject_nan
-from .search_words import OF_PLACING
+from .search_words import PLACING_WORDS
 
 ALL = 1000.0  # GB
 AUTOMATIC = -1.0  # GB that stay on the GPU as ComfyUI decides
@@ -155,7 +155,7 @@ class PlaceModel(io.ComfyNode):
                 "distorch",
                 "virtual vram",
                 "place model",
-                *OF_PLACING,
+                *PLACING_WORDS,
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),

@@ -45,7 +45,7 @@ from .added_inputs import REPLACED
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text
 from .renamed_options import current, renamed_combo
-from .search_words import OF_SAVING
+from .search_words import SAVING_WORDS
 
 # option -> types of ComfyUI's own with which the size is met
 SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
@@ -91,7 +91,7 @@ class SavePackedModel(io.ComfyNode):
                 "lora merge",
                 "clip",
                 "checkpoint save",
-                *OF_SAVING,
+                *SAVING_WORDS,
             ],
             is_output_node=True,
             inputs=[

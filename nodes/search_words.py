@@ -34,14 +34,14 @@ FAMILIES = (
     "quantised",
 )
 # what people type who know the nodes of other packs, or a type
-OF_MODELS = ("gguf loader", "unet loader (gguf)", "unet loader gguf", "nf4 loader",
+MODEL_WORDS = ("gguf loader", "unet loader (gguf)", "unet loader gguf", "nf4 loader",
              "nunchaku flux dit loader", "nunchaku qwen-image dit loader", "q3_k", "q4_k",
              "q4_k_m", "q5_k", "q6_k", "q8_0", "fit this gpu", "pack to")
-OF_ENCODERS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)",
+ENCODER_WORDS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)",
                "text encoder loader nunchaku")
-OF_CHECKPOINTS = ("checkpoint loader nf4", "checkpoint loader gguf")
-OF_SAVING = ("convert to gguf", "quantize gguf converter")
-OF_PLACING = ("memory", "gpu memory", "multigpu loader", "distorch2")
+CHECKPOINT_WORDS = ("checkpoint loader nf4", "checkpoint loader gguf")
+SAVING_WORDS = ("convert to gguf", "quantize gguf converter")
+PLACING_WORDS = ("memory", "gpu memory", "multigpu loader", "distorch2")
 
 
 FIRST_WORDS = {model.name.split()[0].lower() for family in OF_FILES for model in family.models}
@@ -49,11 +49,11 @@ FIRST_WORDS = {model.name.split()[0].lower() for family in OF_FILES for model in
 MODELS = sorted(FIRST_WORDS | {word.partition(".")[0] for word in FIRST_WORDS})
 ENCODERS = sorted({key.lower().partition("_")[0] for key in TITLES})
 FORMATS = "gguf nf4 fp8"  # behind such a name: the editor finds nothing after 30 letters
-OF_MODELS += (*(f"{name} {FORMATS}" for name in MODELS),
+MODEL_WORDS += (*(f"{name} {FORMATS}" for name in MODELS),
               *(f"{size}gb vram" for size in (6, 8, 10, 12, 16, 24, 32)),
               "out of memory", "oom", "black image")
 # with more of them this node would come first for nf4 and fp8
-OF_ENCODERS += tuple(f"{name} gguf" for name in ENCODERS)
+ENCODER_WORDS += tuple(f"{name} gguf" for name in ENCODERS)
 
 
 def family_aliases(part: str = "") -> list[str]:

@@ -128,7 +128,7 @@ def _product_of(layer: Any, device: torch.device,
         return None
     name = str(layer.quant_format)
     is_fast = host_multiplies(name, device) and not layer._full_precision_mm
-    return kitchen_products.Used(name if is_fast else "", kitchen_products.OF_COMFYUI)
+    return kitchen_products.Used(name if is_fast else "", kitchen_products.COMFYUI_KERNELS)
 
 
 def title_of(name: str) -> str:

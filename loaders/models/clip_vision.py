@@ -14,7 +14,7 @@ from .pack_on_load import PackTo
 from .side_models import Kind, PackedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
-OF_WAN = re.compile(r"^visual\.transformer\.\d")
+WAN_WEIGHT = re.compile(r"^visual\.transformer\.\d")
 # names in Wan-Video/Wan2.1, wan/modules/clip.py -> in open_clip
 NAMES_OF_WAN = {
     "transformer.": "transformer.resblocks.", "cls_embedding": "class_embedding",
@@ -44,7 +44,7 @@ def _wrap(clip_vision: Any, packed_file: PackedFile):
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
     """Builds the host's CLIP vision model from the weights of a file, see `Kind.build`."""
-    if any(map(OF_WAN.match, state_dict)):
+    if any(map(WAN_WEIGHT.match, state_dict)):
         state_dict = _in_names_of_open_clip(state_dict)
     weights: dict[str, Any] = {
         key: _Rows(tensor) if operations and FUSED.search(key) else tensor

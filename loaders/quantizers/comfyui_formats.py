@@ -425,10 +425,10 @@ _IN_GROUPS = _NAMES | dict.fromkeys(("group_size", "block_size"))  # which the r
 FP8_CODES = Part("(N, K)", (*FP8, torch.uint8), advice=OTHER_MARK)
 BYTES = Part("(N, K)", (torch.int8, torch.uint8), advice=OTHER_MARK)
 NIBBLES = Part("(N, K / 2)", BYTES.dtypes, advice=OTHER_MARK)
-OF_ROWS = Part("1 or N", FLOATS)
-IN_PIECES = Part("", (*(dtype for dtype in FLOATS if dtype.itemsize == 1), *BYTES.dtypes))
+ROWS_PART = Part("1 or N", FLOATS)
+PIECES_PART = Part("", (*(dtype for dtype in FLOATS if dtype.itemsize == 1), *BYTES.dtypes))
 ALWAYS_1 = Part("", optional=SCALE_2)  # a second scale, which some tools write
-_ROWS = {SCALE: OF_ROWS, SCALE_2: ALWAYS_1}
+_ROWS = {SCALE: ROWS_PART, SCALE_2: ALWAYS_1}
 _BLOCKS = {SCALE: Part("(R, C) or (R, C, 1)", FLOATS), SCALE_2: ALWAYS_1}
 _LOW_RANK = {
     SMOOTH: Part("K", other_names=(f"weight_{SMOOTH}",)),
@@ -444,14 +444,14 @@ _FP8_BLOCKS = ComfyUIFormat(
     name="float8_e4m3fn_blockwise", family=F8_E4M3, parts={"weight": FP8_CODES, **_BLOCKS},
     settings=_IN_GROUPS, read=_blocks)
 _MXFP8 = ComfyUIFormat(
-    name="hybrid_mxfp8", family=MXFP8, parts={"weight": FP8_CODES, SCALE: IN_PIECES,
+    name="hybrid_mxfp8", family=MXFP8, parts={"weight": FP8_CODES, SCALE: PIECES_PART,
                                               SCALE_2: ALWAYS_1},
     settings=_MAY_BE_ROTATED | _groups_of(32), read=_rows)
 _LEVELS = ComfyUIFormat(
     name="w6a8_int8", family=W6A8, settings=_IS_ROTATED | dict.fromkeys(
         ("group_size", "bits", "symmetric")),
     parts={"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK), GROUP_SCALE: Part("(N, G)"),
-           ROW_SCALE: OF_ROWS, CODEBOOK: Part("(16,)", optional=CODEBOOK),
+           ROW_SCALE: ROWS_PART, CODEBOOK: Part("(16,)", optional=CODEBOOK),
            CORRECTION: Part("(G, N)", optional=CORRECTION)},
     read=_levels, has_banks=True, is_rotated=True, host_rotates=True, since="0.38")
 COMFYUI_FORMATS = {record.name: record for record in (
@@ -470,8 +470,8 @@ COMFYUI_FORMATS = {record.name: record for record in (
     replace(_MXFP8, name="mxfp8", written=(MXFP8,), write=_write_mxfp8, capability=(10, 0)),
     _MXFP8,
     ComfyUIFormat(
-        name="nvfp4", family=NVFP4_ROWS, parts={"weight": NIBBLES, SCALE: IN_PIECES,
-                                                SCALE_2: OF_ROWS},
+        name="nvfp4", family=NVFP4_ROWS, parts={"weight": NIBBLES, SCALE: PIECES_PART,
+                                                SCALE_2: ROWS_PART},
         settings=_MAY_BE_ROTATED | _groups_of(16), read=_rows, is_of_one_number=True,
         written=(NVFP4_ROWS,), write=_write_nvfp4, capability=(10, 0)),
     ComfyUIFormat(

@@ -36,9 +36,9 @@ from .parts import WHOLE, Part, PartError
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
 SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
-OF_INPUT = {name: Part("", optional=name)
+INPUT_PARTS = {name: Part("", optional=name)
             for name in ("input_global_scale", "input_scale", "input_zero_point")}
-UNUSED = OF_INPUT | {WEIGHT: Part("", optional=WEIGHT)}  # with packed codes
+UNUSED = INPUT_PARTS | {WEIGHT: Part("", optional=WEIGHT)}  # with packed codes
 GROUPED = {SCALE: Part("1 or (N,) or (N, G)", SCALES), GROUPS: Part("K", WHOLE, GROUPS)}
 PARTS = {
     "pack-quantized": {
@@ -46,7 +46,7 @@ PARTS = {
         ZEROS: Part("", (torch.int32, torch.int8), ZEROS), **UNUSED},
     "int-quantized": {
         WEIGHT: Part("(N, K)", (torch.int8,)), **GROUPED, ZEROS: Part("", (torch.int8,), ZEROS),
-        **OF_INPUT},
+        **INPUT_PARTS},
     "nvfp4-pack-quantized": {**nvfp4_parts(PACKED, SCALE, GLOBAL), **UNUSED},
     "mxfp4-pack-quantized": {
         PACKED: Part("(N, K / 2)", (torch.uint8,)), SCALE: Part("(N, K / 32)", E8M0), **UNUSED},

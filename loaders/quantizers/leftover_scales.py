@@ -23,18 +23,18 @@ from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui_formats import SMOOTHING
 from .parts import Part
 
-OF_WEIGHT = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
-SCALES = (*OF_WEIGHT, SMOOTHING)
+WEIGHT_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")
+SCALES = (*WEIGHT_SCALES, SMOOTHING)
 _WEIGHT = {"weight": Part("(N, K...)"), SMOOTHING: Part("K", optional=SMOOTHING)}
 PARTS = {
-    "multiplied": _WEIGHT | {name: Part("1 or (N, 1...)", optional=name) for name in OF_WEIGHT},
-    "left out": _WEIGHT | {name: Part("", optional=name) for name in OF_WEIGHT},
+    "multiplied": _WEIGHT | {name: Part("1 or (N, 1...)", optional=name) for name in WEIGHT_SCALES},
+    "left out": _WEIGHT | {name: Part("", optional=name) for name in WEIGHT_SCALES},
 }
 # Largest root mean square of values that are weights; codes that are meant for a scale use the
 # whole range of up to 448.
 MAX_UNSCALED = 4.0
 SAMPLE_VALUES = 65_536  # of a weight, that are read for its root mean square
-DENSE_DTYPES = (torch.float32, *plain.BY_DTYPE)  # of weights, others are codes
+DENSE_DTYPES = (torch.float32, *plain.PLAIN_FORMATS)  # of weights, others are codes
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
@@ -50,7 +50,7 @@ def layout(layer: Layer) -> str:
     """Drops scales of 1, and returns whether the others are multiplied or left out."""
     layer.parts = {name: part for name, part in layer.parts.items()
                    if name == "weight" or not bool((dense(part).float() == 1).all())}
-    has_scales = any(name in layer.parts for name in OF_WEIGHT)
+    has_scales = any(name in layer.parts for name in WEIGHT_SCALES)
     is_scaled = has_scales and root_mean_square(layer.parts["weight"]) <= MAX_UNSCALED
     return "left out" if is_scaled else "multiplied"
 
@@ -81,7 +81,7 @@ def root_mean_square(weight: torch.Tensor) -> float:
 def read(layer: Layer) -> torch.Tensor:
     """Returns a weight times its scales; 16 bits and codes stay as they are beneath them."""
     weight = layer.parts["weight"]
-    names = () if layer.layout == "left out" else OF_WEIGHT
+    names = () if layer.layout == "left out" else WEIGHT_SCALES
     scales = [layer.parts[name] for name in names if name in layer.parts]
     smoothing = layer.parts.get(SMOOTHING)
     if smoothing is None and not scales:

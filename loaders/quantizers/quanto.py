@@ -31,11 +31,11 @@ from .integers import (
 from .parts import Part, PartError
 
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
-OF_INPUT = {name: Part("", optional=name) for name in ("input_scale", "output_scale")}
+INPUT_PARTS = {name: Part("", optional=name) for name in ("input_scale", "output_scale")}
 PARTS = {
-    "qint8 or qfloat8": {CODES: CODES_OF_ROWS, SCALE: SCALES_OF_ROWS, **OF_INPUT},
+    "qint8 or qfloat8": {CODES: CODES_OF_ROWS, SCALE: SCALES_OF_ROWS, **INPUT_PARTS},
     "qint4 or qint2": {SCALE: Part("G", SCALES), SHIFT: Part("G", SCALES),
-                       PACKED: Part("(C, L)", (torch.uint8,)), **OF_INPUT},
+                       PACKED: Part("(C, L)", (torch.uint8,)), **INPUT_PARTS},
 }
 # layers whose input, or output, is what the norms of their block take: of T5, of decoders, of
 # diffusers' attention and of feed-forward layers

@@ -31,7 +31,7 @@ QUANTIZERS = (
 )
 # `quant_method` of a config -> who quantised by it, for people
 METHODS = {method: who for quantizer in QUANTIZERS for method, who in quantizer.methods.items()}
-IN_FILES = tuple(quantizer for quantizer in QUANTIZERS if quantizer.in_file)
+FILE_QUANTIZERS = tuple(quantizer for quantizer in QUANTIZERS if quantizer.in_file)
 
 
 def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
@@ -40,7 +40,7 @@ def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
     `Quantizer.find`."""
     names = dict.fromkeys(names)  # each is looked up for many others
     return find_unsupported_quantizer(names) is not None or any(
-        quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
+        quantizer.finds(names, metadata, header_of) for quantizer in FILE_QUANTIZERS)
 
 
 def quantizer_of(file: WeightFile) -> str:
@@ -71,5 +71,5 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
     """
     with judged(file, tensors):
         restore_marks(file, tensors)
-        join_weights(IN_FILES, file, tensors, track)
+        join_weights(FILE_QUANTIZERS, file, tensors, track)
         reject_unsupported_quantizers(file, tensors)

@@ -52,13 +52,13 @@ from .integers import (
 )
 from .parts import FLOATS, GET_OTHER_CONVERSION, Part, PartError
 
-SCALE, OF_BLOCKS, OF_TENSOR = "weight_scale", "weight_scale_inv", "weight_scale_2"
+SCALE, BLOCK_SCALE, TENSOR_SCALE = "weight_scale", "weight_scale_inv", "weight_scale_2"
 # dtypes of the scales of blocks
-OF_SEVERAL = tuple(dtype for dtype in FLOATS if dtype.itemsize > 1 or dtype in E8M0)
-OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
+BLOCK_SCALE_DTYPES = tuple(dtype for dtype in FLOATS if dtype.itemsize > 1 or dtype in E8M0)
+ROWS_PART = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
 WHOLE = "scale_weight_tensor"  # a factor of all scales
 GLOBAL = "weight_global_scale"
-IN_BLOCKS = {**FP8, torch.int8: INT8_GROUPS}
+BLOCK_FAMILIES = {**FP8, torch.int8: INT8_GROUPS}
 # what LightX2V calls bytes with exponents of 32 columns -> bits of a value
 LIGHTX2V = {"mxfp4": 4, "mxfp6": 6, "mxfp8": 8}
 DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
@@ -67,14 +67,16 @@ BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input", GROUP_SCALE)}
 BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING),
            DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
-OF_ALL = {WHOLE: Part("1", FLOATS, optional=WHOLE)}
+WHOLE_PART = {WHOLE: Part("1", FLOATS, optional=WHOLE)}
 PARTS = {
-    "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **OF_ALL, **BESIDE},  # of a convolution too
-    "blocks": {"weight": Part("(N, K)", tuple(IN_BLOCKS)),
-               OF_BLOCKS: Part("1 or (R, C) or (R, C, 1)", OF_SEVERAL), **OF_ALL, **BESIDE},
+    # of a convolution too
+    "rows": {"weight": CODES_OF_ROWS, SCALE: ROWS_PART, **WHOLE_PART, **BESIDE},
+    "blocks": {"weight": Part("(N, K)", tuple(BLOCK_FAMILIES)),
+               BLOCK_SCALE: Part("1 or (R, C) or (R, C, 1)", BLOCK_SCALE_DTYPES), **WHOLE_PART,
+               **BESIDE},
     "mxfp8": {"weight": Part("(N, K)", (torch.float8_e4m3fn,)), SCALE: Part("(N, K / 32)", E8M0),
               **BESIDE},
-    "nvfp4": nvfp4_parts("weight", SCALE, OF_TENSOR, *OF_ROWS.other_names) | BESIDE,
+    "nvfp4": nvfp4_parts("weight", SCALE, TENSOR_SCALE, *ROWS_PART.other_names) | BESIDE,
 }
 BLOCK = 128  # rows and columns, unless the scales say otherwise
 
@@ -83,7 +85,7 @@ def find(names: Collection[str], metadata: Mapping[str, Any],
          header_of: HeaderOf) -> Iterator[str]:
     """Yields the layers with weights of one byte and scales, also of those under `scaled_fp8` that
     ComfyUI does not read: int8, and scales with a factor."""
-    ends = (OF_BLOCKS, SCALE, OLD_SCALE[1:], GROUP_SCALE)
+    ends = (BLOCK_SCALE, SCALE, OLD_SCALE[1:], GROUP_SCALE)
     marked = None
     for layer in scaled_layers(names, ends):
         marked = marked_layers(metadata, names) if marked is None else marked
@@ -99,17 +101,17 @@ def layout(layer: Layer) -> str:
     if GROUP_SCALE in layer.parts:
         raise PartError("it has no comfy_quant, which says how its columns are rotated")
     weight, scale = layer.parts["weight"], layer.parts.get(SCALE)
-    if OF_BLOCKS in layer.parts:
+    if BLOCK_SCALE in layer.parts:
         return "blocks"
     is_mxfp8 = (weight.dtype in FP8 and scale is not None and scale.dtype in E8M0
                 and scale.ndim == 2)
-    if weight.dtype in IN_BLOCKS and scale is not None and not is_mxfp8 and (
+    if weight.dtype in BLOCK_FAMILIES and scale is not None and not is_mxfp8 and (
             has_block_scales(weight, scale) or (weight.dtype in FP8 and (
                 (weight.ndim == scale.ndim == 2 and scale.numel() not in (1, len(weight)))
                 or _is_in_blocks(layer.file)))):
         # what transformers stores under the other name
-        layer.parts[OF_BLOCKS], layer.names[OF_BLOCKS] = layer.parts.pop(SCALE), layer.names.pop(
-            SCALE)
+        layer.parts[BLOCK_SCALE] = layer.parts.pop(SCALE)
+        layer.names[BLOCK_SCALE] = layer.names.pop(SCALE)
         return "blocks"
     if weight.dtype == torch.uint8 and scale is not None:
         _reject_unread_bytes(layer, weight, scale)
@@ -172,16 +174,16 @@ def read(layer: Layer) -> PackedTensor:
     """Returns the weight of a layer, packed, from its parts."""
     parts, weight = layer.parts, layer.parts["weight"]
     if WHOLE in parts:
-        scaled = OF_BLOCKS if OF_BLOCKS in parts else SCALE
+        scaled = BLOCK_SCALE if BLOCK_SCALE in parts else SCALE
         parts[scaled] = parts[scaled].float() * parts[WHOLE].float().flatten()
     if layer.layout == "nvfp4":
-        packed = pack_nvfp4(NVFP4_LOW, weight, parts[SCALE], parts[OF_TENSOR])
+        packed = pack_nvfp4(NVFP4_LOW, weight, parts[SCALE], parts[TENSOR_SCALE])
     elif layer.layout == "mxfp8":
         packed = packed_rows(MXFP8, weight, weight.shape, scale=parts[SCALE])
-    elif "R" in layer.sizes or (OF_BLOCKS in parts and parts[OF_BLOCKS].ndim > 1):
-        packed = _in_blocks(layer, weight, parts[OF_BLOCKS].flatten(1))
+    elif "R" in layer.sizes or (BLOCK_SCALE in parts and parts[BLOCK_SCALE].ndim > 1):
+        packed = _in_blocks(layer, weight, parts[BLOCK_SCALE].flatten(1))
     else:
-        packed = pack_rows(weight, parts[SCALE if SCALE in parts else OF_BLOCKS])
+        packed = pack_rows(weight, parts[SCALE if SCALE in parts else BLOCK_SCALE])
     smoothing = parts.get(SMOOTHING)
     packed = packed if smoothing is None else smooth(packed, smoothing)
     if DOWN not in parts:
@@ -200,7 +202,7 @@ def _in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> Packe
     row_count, group_count = min(block_rows, rows), min(block_columns, columns) // group
     scales = scale.float().repeat_interleave(row_count, 0)[:rows]
     scales = scales.repeat_interleave(group_count, 1)[:, :columns // group]
-    return packed_rows(IN_BLOCKS[weight.dtype], weight, weight.shape, (group,), scale=scales)
+    return packed_rows(BLOCK_FAMILIES[weight.dtype], weight, weight.shape, (group,), scale=scales)
 
 
 def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:

@@ -48,4 +48,4 @@ class BF16(_Plain):
     block_bytes, plain_dtype = 2, torch.bfloat16
 
 
-BY_DTYPE = {packed_format.plain_dtype: packed_format for packed_format in (F16.of(), BF16.of())}
+PLAIN_FORMATS = {each.plain_dtype: each for each in (F16.of(), BF16.of())}

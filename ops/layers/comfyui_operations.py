@@ -23,9 +23,9 @@ from .packed_layers import (
     make_packed,
 )
 
-BUT_EXPERTS = "but experts"  # a value of `mixed`
+WITHOUT_EXPERTS = "but experts"  # a value of `mixed`
 # What the host's linear layer for its quantised formats has besides weight and bias.
-OF_HOST_FORMATS = ("factory_kwargs", "tensor_class", "quant_format", "layout_type", "_orig_shape",
+HOST_ATTRIBUTES = ("factory_kwargs", "tensor_class", "quant_format", "layout_type", "_orig_shape",
                    "_full_precision_mm", "_full_precision_mm_config", "input_scale",
                    "pre_quant_scale")
 
@@ -36,7 +36,7 @@ def packed_operations(mixed: bool | str = False, full_precision: bool = False,
 
     Args:
         mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose
-            products are the host's; `BUT_EXPERTS`: no experts among them.
+            products are the host's; `WITHOUT_EXPERTS`: no experts among them.
         full_precision: those layers do not quantise their inputs, as in the host's text encoders.
         compute: see `PackedLayer`.
     """
@@ -57,7 +57,7 @@ def _operations(mixed: bool | str, full_precision: bool, compute: str) -> type:
             type("Linear", (MixedLinear, base.Linear), {}),
             type("Embedding", (MixedEmbedding, base.Embedding), {}),
         )
-        if mixed != BUT_EXPERTS:  # such a file has its experts in the host's format too
+        if mixed != WITHOUT_EXPERTS:  # such a file has its experts in the host's format too
             layer_classes.remove(MoEExperts)
     arguments = mixed, full_precision, compute
     layers = {
@@ -80,7 +80,7 @@ def operations_for(keys: Iterable[str], full_precision: bool = False,
     mixed = any(key.endswith(".comfy_quant") for key in keys)
     if mixed and isinstance(keys, Mapping) and any(
             is_packed(tensor) and tensor.ndim == 3 for tensor in keys.values()):
-        mixed = BUT_EXPERTS
+        mixed = WITHOUT_EXPERTS
     return packed_operations(mixed, full_precision, compute)
 
 
@@ -108,7 +108,7 @@ def hold_packed(layer: Any):
     if not (_is_of_host_formats(layer) or isinstance(layer, MixedLinear)):
         make_packed(layer)
         return
-    for name in OF_HOST_FORMATS:
+    for name in HOST_ATTRIBUTES:
         for names in (layer._parameters, layer._buffers, vars(layer)):
             names.pop(name, None)
     become_packed(layer, packed_operations().Linear)
@@ -116,5 +116,5 @@ def hold_packed(layer: Any):
 
 def _is_of_host_formats(layer: Any) -> bool:
     """Returns whether a layer is the linear one of the host for its quantised formats."""
-    return isinstance(layer, comfy.ops.CastWeightBiasOp) and OF_HOST_FORMATS[0] in vars(layer) and (
+    return isinstance(layer, comfy.ops.CastWeightBiasOp) and HOST_ATTRIBUTES[0] in vars(layer) and (
         type(layer).__name__ == "Linear") and not isinstance(layer, PackedLayer)

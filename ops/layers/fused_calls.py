@@ -19,7 +19,7 @@ import torch
 from ..host_versions import HOST_VERSION, VERSION, tested_range, where_to_update
 from ..stable_names import short_error_name
 
-BY_POSITION = ("input_act", "act_weight", "residual", "residual_scale")  # of `forward`
+POSITIONAL = ("input_act", "act_weight", "residual", "residual_scale")  # of `forward`
 
 
 @short_error_name
@@ -56,9 +56,9 @@ class FusedCall(NamedTuple):
         Raises:
             UnknownArgumentError: an argument is unknown and neither None nor False.
         """
-        if len(args) > len(BY_POSITION):
+        if len(args) > len(POSITIONAL):
             raise UnknownArgumentError("a linear layer", f"{len(args)} further arguments")
-        given = dict(zip(BY_POSITION, args))
+        given = dict(zip(POSITIONAL, args))
         return cls(**given, **known_arguments("a linear layer", kwargs, *cls._fields))
 
     def activated(self, input: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def fuses_in_forward(forward: Callable) -> bool:
 
     Those of ComfyUI to 0.39 take any arguments and ignore them.
     """
-    return set(BY_POSITION) <= inspect.signature(forward).parameters.keys()
+    return set(POSITIONAL) <= inspect.signature(forward).parameters.keys()
 
 
 @functools.cache

@@ -62,7 +62,7 @@ ORDERED = "quantize_nvfp4"  # the function that must write codes in the order of
 # names of operands that have the dtype of the input
 FLOAT_OPERANDS = "x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"
 
-OF_COMFYUI, OF_THIS_PACK = "ComfyUI's kernels", "this pack"
+COMFYUI_KERNELS, PACK_KERNELS = "ComfyUI's kernels", "this pack"
 
 Backend = str
 _Parts = dict[str, torch.Tensor]
@@ -144,10 +144,10 @@ def used(packed_format: Format, device: torch.device, dtype: torch.dtype, comput
         return Used(why_exact=why_off(packed_format, device, dtype))
     name = product_of(packed_format) or INT8
     if _backend(name, device, dtype):
-        return Used(PRODUCTS[name].title, OF_COMFYUI)
+        return Used(PRODUCTS[name].title, COMFYUI_KERNELS)
     if why_exact := why_not_fast(device, dtype, name):
         return Used(why_exact=why_exact)
-    return Used(PRODUCTS[INT8].title, OF_THIS_PACK)
+    return Used(PRODUCTS[INT8].title, PACK_KERNELS)
 
 
 def why_not_fast(device: torch.device, dtype: torch.dtype, name: str = INT8) -> str:

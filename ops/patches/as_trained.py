@@ -14,7 +14,7 @@ def as_trained(value):
     scale = getattr(fields, "dora_scale", None)
     if isinstance(fields, OrthogonalAdapter) and scale is None:
         return (Oft if isinstance(value, OFTAdapter) else Boft)(value.loaded_keys, value.weights)
-    if scale is not None and type(value) in OF_ROWS and (shape := shape_of(value)) is not None:
+    if scale is not None and type(value) in ROW_DORAS and (shape := shape_of(value)) is not None:
         return row_dora(value, scale) if scale.shape[:1] == shape[:1] else value
     return value
 
@@ -29,7 +29,7 @@ def row_dora(adapter: WeightAdapterBase, norms: torch.Tensor) -> WeightAdapterBa
     fields = adapter_fields(adapter)
     assert fields is not None
     weights = tuple(fields._replace(dora_scale=norms.reshape(-1, 1)))
-    return OF_ROWS[type(adapter)](adapter.loaded_keys, weights)
+    return ROW_DORAS[type(adapter)](adapter.loaded_keys, weights)
 
 
 class _RowDora(WeightAdapterBase):
@@ -58,7 +58,7 @@ class _RowDora(WeightAdapterBase):
 
 
 # host's adapter -> the same with DoRA of rows
-OF_ROWS: dict[type, Any] = {
+ROW_DORAS: dict[type, Any] = {
     kind: stable_pickle_name(type(f"RowDora{kind.__name__}", (_RowDora, kind), {}))
     for kind in SUMS
 }

@@ -283,14 +283,14 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight: a plain tensor of any float dtype.
         dtype: of the layer's parameters.
     """
-    if dtype != torch.float32 or weight.dtype not in plain.BY_DTYPE:
+    if dtype != torch.float32 or weight.dtype not in plain.PLAIN_FORMATS:
         weight = weight.to(dtype)
-    return _pack_numbers(weight, dtype) if weight.dtype in plain.BY_DTYPE else weight
+    return _pack_numbers(weight, dtype) if weight.dtype in plain.PLAIN_FORMATS else weight
 
 
 def _pack_numbers(numbers: torch.Tensor, dtype: torch.dtype) -> PackedTensor:
     data = numbers.contiguous().view(-1).view(torch.uint8)
-    return packed_tensor(plain.BY_DTYPE[numbers.dtype], data, numbers.shape, dtype)
+    return packed_tensor(plain.PLAIN_FORMATS[numbers.dtype], data, numbers.shape, dtype)
 
 
 def plain_dtype_of(weight: torch.Tensor) -> torch.dtype | None:
@@ -312,7 +312,7 @@ def plain_tensor(weight: torch.Tensor) -> torch.Tensor:
 def is_other_16bit(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Returns whether a weight, packed or plain, is of 16-bit numbers of another dtype."""
     held = plain_dtype_of(weight)
-    return held != dtype and {held, dtype} <= plain.BY_DTYPE.keys()
+    return held != dtype and {held, dtype} <= plain.PLAIN_FORMATS.keys()
 
 
 def convert_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -73,12 +73,12 @@ def answered_later(node_id: str, name: str) -> bool:
     return DEVICES.fullmatch(name) is not None or node_id == "FeatherweightInspectModelFile"
 
 
-OF_MODELS = [(node_id, input.id) for node_id, node in NODES.items()
+MODEL_WORDS = [(node_id, input.id) for node_id, node in NODES.items()
              for input in node.GET_SCHEMA().inputs
              if isinstance(input, io.Model.Input | io.Clip.Input)]
 
 
-@pytest.mark.parametrize(("node_id", "name"), OF_MODELS)
+@pytest.mark.parametrize(("node_id", "name"), MODEL_WORDS)
 def test_a_value_in_place_of_a_model_is_answered_in_a_sentence(node_id, name):
     """The host gives it to the node: it checks no value of such an input."""
     value = random.choice(["model", 5, 0.5, True, ["a", "b", "c"], {"a": 1}])

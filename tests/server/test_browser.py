@@ -47,13 +47,13 @@ from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
 from featherweight.nodes.search_words import (
+    CHECKPOINT_WORDS,
+    ENCODER_WORDS,
     FORMATS,
+    MODEL_WORDS,
     MODELS,
-    OF_CHECKPOINTS,
-    OF_ENCODERS,
-    OF_MODELS,
-    OF_PLACING,
-    OF_SAVING,
+    PLACING_WORDS,
+    SAVING_WORDS,
 )
 
 CATEGORY = "Featherweight"
@@ -711,9 +711,9 @@ def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
         any_page, any_server):
     """Beside ComfyUI's own nodes."""
     wanted = {phrase: TITLES_OF_OURS[title] for title, phrases in (
-        ("Load Diffusion Model", OF_MODELS), ("Load Text Encoder", OF_ENCODERS),
-        ("Load Checkpoint", OF_CHECKPOINTS), ("Save Packed Model", OF_SAVING),
-        ("Place Model", OF_PLACING)) for phrase in phrases}
+        ("Load Diffusion Model", MODEL_WORDS), ("Load Text Encoder", ENCODER_WORDS),
+        ("Load Checkpoint", CHECKPOINT_WORDS), ("Save Packed Model", SAVING_WORDS),
+        ("Place Model", PLACING_WORDS)) for phrase in phrases}
     # in which order the words are typed does not matter
     for title, phrases in (
         ("Load Diffusion Model", ("load gguf", "diffusion model gguf")), ("Load Text Encoder", (

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from featherweight.ops.layers.fused_calls import BY_POSITION, FusedCall
+from featherweight.ops.layers.fused_calls import POSITIONAL, FusedCall
 from featherweight.ops.patcher import PackedPatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,7 +326,7 @@ def _unknown_parameters(name: str) -> str:
     if unknown:
         return f"takes other parameters ({', '.join(unknown)} is unknown here)"
     fused = [parameter for parameter in given if parameter in FusedCall._fields]
-    order = FusedCall._fields if name.endswith("linear_input_act") else BY_POSITION
+    order = FusedCall._fields if name.endswith("linear_input_act") else POSITIONAL
     if fused != [parameter for parameter in order if parameter in fused]:
         return f"takes its parameters in another order ({', '.join(fused)})"
     return ""

@@ -21,7 +21,7 @@ import torch
 from featherweight.ops.layers import fused_calls
 
 SHAPES = ("stock", "0.33", "kwargs", "helper")
-FUSED = fused_calls.BY_POSITION
+FUSED = fused_calls.POSITIONAL
 HELPER = "linear_input_act"
 
 

@@ -8,7 +8,7 @@ from ..arch import SENTENCEPIECE, Arch, rename_keys
 from ..tokenizer import sentencepiece
 
 LAYER = "encoder.block.{}.layer"
-OF_WAN = "blocks.0.ffn.gate.0.weight"
+WAN_NAME = "blocks.0.ffn.gate.0.weight"
 UMT5_TOKENS = 100_000  # T5 has 32128, ByT5 1510, UMT5 256384
 
 
@@ -48,7 +48,7 @@ class T5(Arch):
 
     @classmethod
     def recognises(cls, weights):
-        names = ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0), OF_WAN)
+        names = ("enc.blk.0.attn_q.weight", f"{LAYER}.0.SelfAttention.q.weight".format(0), WAN_NAME)
         return any(name in weights for name in names)
 
     @classmethod
@@ -56,7 +56,7 @@ class T5(Arch):
         # The host takes a base model with a tokenizer for UMT5; `tokenizer` gives what UMT5 needs.
         unused = ("dec.", "output.", "decoder.", "lm_head.", SENTENCEPIECE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
-        if OF_WAN in weights:
+        if WAN_NAME in weights:
             return rename_keys(weights, cls.names_of_wan)
         is_gated = "enc.blk.0.ffn_gate.weight" in weights
         weights = rename_keys(weights, cls.names if is_gated else cls.names_without_gate)

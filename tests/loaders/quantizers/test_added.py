@@ -81,7 +81,7 @@ else:
 print("added")
 '''
 RECORD = """    ComfyUIFormat(
-        name="int8_halved", family=INT8_ROWS, parts={"weight": BYTES, "weight_half": OF_ROWS},
+        name="int8_halved", family=INT8_ROWS, parts={"weight": BYTES, "weight_half": ROWS_PART},
         settings=_NAMES, has_banks=False, since="9.9", read=lambda stored: stored.pack(
             INT8_ROWS, scale=stored.row_scales("weight_half") / 2)),
 """

@@ -10,7 +10,7 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.quantizers.leftover_scales import OF_WEIGHT
+from featherweight.loaders.quantizers.leftover_scales import WEIGHT_SCALES
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 TYPES = ["Q8_0", "Q4_0", "Q6_K", "F16", "BF16", "F32"]
@@ -41,7 +41,7 @@ def read(path) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 
 @pytest.mark.parametrize("packed_type", TYPES)
-@pytest.mark.parametrize("name", [name for name in OF_WEIGHT if name != "weight_scale_2"])
+@pytest.mark.parametrize("name", [name for name in WEIGHT_SCALES if name != "weight_scale_2"])
 @pytest.mark.parametrize("shape", [(), (1,), (ROWS,), (ROWS, 1)])
 @pytest.mark.parametrize("marker", [False, True])
 def test_codes_are_multiplied_by_the_scale_beside_them(marker, shape, name, packed_type, tmp_path):
