@@ -93,7 +93,7 @@ class LoadModelPatch(io.ComfyNode):
         return io.Schema(
             node_id="FeatherweightLoadModelPatch",
             display_name="Load Model Patch (Featherweight)",
-            category="Featherweight",
+            category="Featherweight/more loaders",
             description="Loads a model patch (Z-Image Fun or Qwen-Image DiffSynth ControlNet,"
             " Uni3C, InfiniteTalk, USO, SUPIR, LLLite) from GGUF or any other packed file that"
             " this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory."
@@ -132,7 +132,7 @@ class LoadCLIPVision(io.ComfyNode):
         return io.Schema(
             node_id="FeatherweightLoadCLIPVision",
             display_name="Load CLIP Vision (Featherweight)",
-            category="Featherweight",
+            category="Featherweight/more loaders",
             description="Loads a CLIP vision model (CLIP, SigLIP, DINO) from GGUF or any other"
             " packed file that this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights"
             " packed in memory, for ComfyUI's CLIP Vision Encode. Other files load as with"

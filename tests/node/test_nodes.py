@@ -35,6 +35,13 @@ def test_every_node_and_every_input_says_what_it_is(node_id):
     assert all(input.tooltip for input in schema.inputs)
 
 
+def test_the_first_level_of_the_menu_has_what_most_people_look_for():
+    schemas = {node_id: node.GET_SCHEMA() for node_id, node in NODES.items()}
+    deeper = {node_id for node_id, schema in schemas.items()
+              if schema.category != "Featherweight" and not schema.is_deprecated}
+    assert deeper == {"FeatherweightLoadModelPatch", "FeatherweightLoadCLIPVision"}
+
+
 def test_ids_of_other_packs_and_of_earlier_versions_are_deprecated_nodes_and_no_others():
     assert {
         node_id for node_id, node in NODES.items() if node.GET_SCHEMA().is_deprecated
