@@ -7,7 +7,8 @@ from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
 from ..loaders.lora.report_chart import report_picture
-from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files, validate_files
+from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files
+from .file_inputs import file_options
 from .node_text import show_text
 
 
@@ -38,7 +39,7 @@ class CheckLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=list_files(*LORA_FOLDERS),
+                    options=file_options(list_files(*LORA_FOLDERS), LORA_FOLDERS),
                     display_name="lora",
                     tooltip="A file in models/loras; GGUF adapters work too.",
                 ),
@@ -56,10 +57,6 @@ class CheckLora(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, lora_name=None):
-        return validate_files(lora_name, keys=LORA_FOLDERS)
 
     @classmethod
     def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:

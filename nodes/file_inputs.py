@@ -1,16 +1,15 @@
-"""Where ComfyUI shows that a file is missing, before anything runs.
+"""Inputs that name a file: which values they accept, before anything runs.
 
-The host shows what `validate_inputs` returns at each input that is a parameter of it, whatever the
-input's value is. So a node has one input with a file there. The options of its other inputs say
-themselves which values they accept, and the host shows at which input a value is not accepted.
+The options of an input say themselves which values they accept. Of another one ComfyUI says at that
+input that it is not in the list, from which the editor offers the file that a workflow has a link
+for.
 """
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
-from comfy_execution.graph_utils import is_link
-
 from ..loaders.paths.folders import validate_files
+from ..ops.log import log
 from .comfyui_server import log_lack
 
 # the prompt that is being validated, in API format
@@ -50,50 +49,21 @@ def is_name(value) -> bool:
     return value is None or isinstance(value, str)
 
 
-def file_options(options: Iterable[str], keys: Iterable[str], main: str) -> Options:
-    """Returns the options of a file input that is not a parameter of `validate_inputs`.
-
-    They accept each spelling of a file's name, and a missing file where `validate_main` names it.
+def file_options(options: Iterable[str], keys: Iterable[str]) -> Options:
+    """Returns the options of an input that names a file: they accept each spelling of a name by
+    which a file is found. Of another one the log says where it was looked for.
 
     Args:
         options: what is offered.
         keys: of the folders to look in.
-        main: the node's file input that is a parameter.
     """
-    def accepts(value) -> bool:
-        nodes = [inputs for inputs in _prompt_inputs() if value in inputs.values()]
-        return exists(value) or (bool(nodes) and all(is_named(inputs) for inputs in nodes))
+    def is_found(name) -> bool:
+        found = validate_files(name, keys=keys)
+        if found is not True:
+            log.warning("%s", found)
+        return found is True
 
-    def is_named(inputs: dict) -> bool:
-        name = inputs.get(main)
-        return not is_link(name) and not exists(name)
-
-    def exists(name) -> bool:
-        return validate_files(name, keys=keys) is True
-
-    return Options(options, accepts)
-
-
-def validate_main(name: str | None, others: Iterable[str], keys: Iterable[str],
-                  empty: Iterable[str] = ()) -> bool | str:
-    """Checks the main file for `validate_inputs`; a message names the node's other missing files.
-
-    Args:
-        name: as for `validate_files`.
-        others: the node's other file inputs.
-        keys: of the folders to look in.
-        empty: options of the other inputs that are not files.
-
-    Returns:
-        True if the main file exists, else the message of `validate_files`.
-    """
-    if validate_files(name, keys=keys) is True:
-        return True
-    inputs = validated_inputs() or {}
-    values = (inputs.get(other) for other in others)
-    return validate_files(
-        name, *(value for value in values if value and not is_link(value) and value not in empty),
-        keys=keys)
+    return Options(options, is_found)
 
 
 def validated_inputs() -> dict | None:
@@ -110,11 +80,3 @@ def validated_inputs() -> dict | None:
     graph = PROMPT.get()
     node = graph.get(context.node_id) if context and isinstance(graph, dict) else None
     return node.get("inputs") if isinstance(node, dict) else None
-
-
-def _prompt_inputs() -> Iterator[dict]:
-    graph = PROMPT.get()
-    for node in graph.values() if isinstance(graph, dict) else ():
-        inputs = node.get("inputs") if isinstance(node, dict) else None
-        if isinstance(inputs, dict):
-            yield inputs

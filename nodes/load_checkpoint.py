@@ -9,8 +9,8 @@ from ..loaders.paths.folders import (
     find_file,
     list_files,
     list_pipeline_folders,
-    validate_files,
 )
+from .file_inputs import file_options
 from .load_diffusion_model import (
     DEFAULT_SIZE,
     NO_CHANGE,
@@ -50,7 +50,8 @@ class LoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint_name",
-                    options=[*list_files(*FOLDERS), *list_pipeline_folders(*FOLDERS)],
+                    options=file_options(
+                        [*list_files(*FOLDERS), *list_pipeline_folders(*FOLDERS)], FOLDERS),
                     display_name="checkpoint",
                     tooltip="A file in models/checkpoints, or a diffusers package (a folder with"
                     " transformer, text_encoder, vae …) there or in models/diffusers.",
@@ -73,10 +74,6 @@ class LoadCheckpoint(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, checkpoint_name=None):
-        return validate_files(checkpoint_name, keys=FOLDERS)
 
     @classmethod
     def execute(

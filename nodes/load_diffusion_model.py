@@ -18,7 +18,7 @@ from ..loaders.models.fit_device import FIT, faster_type_text
 from ..loaders.models.pack_on_load import LOAD_TYPES, PackTo
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from .added_inputs import added_combo
-from .file_inputs import file_options, validate_main
+from .file_inputs import file_options
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
 from .search_words import MODEL_WORDS, family_aliases
@@ -170,7 +170,7 @@ class LoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*files, *list_model_folders(*FOLDERS)],
+                    options=file_options([*files, *list_model_folders(*FOLDERS)], FOLDERS),
                     display_name="model",
                     tooltip="A file in models/diffusion_models or models/unet, or a folder that"
                     " diffusers saved there (…/transformer).",
@@ -181,7 +181,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 host_formats_input(),
                 io.Combo.Input(
                     "module_name",
-                    options=file_options([NO_MODULE, *files], FOLDERS, "model_name"),
+                    options=file_options([NO_MODULE, *files], FOLDERS),
                     default=NO_MODULE,
                     optional=True,
                     advanced=True,
@@ -194,10 +194,6 @@ class LoadDiffusionModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name=None):
-        return validate_main(model_name, ["module_name"], FOLDERS, [NO_MODULE])
 
     @classmethod
     def execute(

@@ -14,8 +14,8 @@ from ..loaders.paths.folders import (
     find_file,
     list_files,
     list_model_folders,
-    validate_files,
 )
+from .file_inputs import file_options
 from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -40,8 +40,9 @@ def _inputs(name: str, folders: tuple[str, ...], model_class: re.Pattern, title:
     return [
         io.Combo.Input(
             name,
-            options=[
-                *list_files(*folders), *list_model_folders(*folders, model_class=model_class)],
+            options=file_options([
+                *list_files(*folders), *list_model_folders(*folders, model_class=model_class)
+            ], folders),
             display_name=title,
             tooltip=f"A file in models/{folders[-1]}, or a folder that {saved_by} saved there.",
         ),
@@ -73,10 +74,6 @@ class LoadControlNet(io.ComfyNode):
                            "the ControlNet", "diffusers"),
             outputs=[io.ControlNet.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, control_net_name=None):
-        return validate_files(control_net_name, keys=CONTROLNET_FOLDERS)
 
     @classmethod
     def execute(cls, control_net_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:
@@ -114,10 +111,6 @@ class LoadModelPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_patch_name=None):
-        return validate_files(model_patch_name, keys=MODEL_PATCH_FOLDERS)
-
-    @classmethod
     def execute(cls, model_patch_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:
         path = find_file(model_patch_name, *MODEL_PATCH_FOLDERS)
         model_patch = load_model_patch(path, packed_type(pack_to), compute)
@@ -149,10 +142,6 @@ class LoadCLIPVision(io.ComfyNode):
                            "the CLIP vision model", "transformers"),
             outputs=[io.ClipVision.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, clip_name=None):
-        return validate_files(clip_name, keys=CLIP_VISION_FOLDERS)
 
     @classmethod
     def execute(cls, clip_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from ..loaders.paths.folders import (
     list_model_folders,
 )
 from .combo_options import encoder_types
-from .file_inputs import file_options, open_options, validate_main
+from .file_inputs import file_options, open_options
 from .load_diffusion_model import (
     DEFAULT_SIZE,
     NO_CHANGE,
@@ -29,7 +29,6 @@ from .search_words import ENCODER_WORDS, family_aliases
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
 ORDINALS = {2: "second", 3: "third", 4: "fourth"}
-OTHER_FILES = ("text_encoder_2", "text_encoder_3", "text_encoder_4", "mmproj")
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -48,7 +47,7 @@ class LoadTextEncoder(io.ComfyNode):
         def further_input(number: int):
             return io.Combo.Input(
                 f"text_encoder_{number}",
-                options=file_options([NONE, *encoders], FOLDERS, "text_encoder_1"),
+                options=file_options([NONE, *encoders], FOLDERS),
                 default=NONE,
                 optional=True,
                 display_name=f"text encoder {number}",
@@ -78,7 +77,7 @@ class LoadTextEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_1",
-                    options=encoders,
+                    options=file_options(encoders, FOLDERS),
                     display_name="text encoder",
                     tooltip="A file in models/text_encoders or models/clip, or a folder that"
                     " transformers saved there (…/text_encoder_2).",
@@ -100,7 +99,7 @@ class LoadTextEncoder(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     default=AUTO,
-                    options=file_options(vision, FOLDERS, "text_encoder_1"),
+                    options=file_options(vision, FOLDERS),
                     tooltip="The vision part of an encoder that sees images (Qwen-VL, Gemma 3 …)."
                     " auto: the matching file in the encoder's folder.",
                 ),
@@ -121,10 +120,6 @@ class LoadTextEncoder(io.ComfyNode):
             ],
             outputs=[io.Clip.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, text_encoder_1=None):
-        return validate_main(text_encoder_1, OTHER_FILES, FOLDERS, (NONE, AUTO))
 
     @classmethod
     def execute(

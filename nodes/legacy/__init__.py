@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
-from ..file_inputs import validate_main
 from .inputs import INPUTS, make_inputs
 
 
@@ -27,7 +26,6 @@ class LegacyNode:
         keys: of the inputs, of `inputs.INPUTS`, with spaces between them.
         also: keys of what callers of the method may pass too.
         outputs: what makes the outputs.
-        folders: keys of the folders that its files lie in.
     """
 
     FUNCTION: str
@@ -37,7 +35,6 @@ class LegacyNode:
     keys: str
     also: str = ""
     outputs: tuple = (io.Model.Output,)
-    folders: tuple[str, ...]
     category = "Featherweight/legacy"
 
     @classmethod
@@ -55,22 +52,6 @@ class LegacyNode:
             inputs=cls.inputs(),
             outputs=[output() for output in cls.outputs],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls, unet_name=None, gguf_name=None, model_path=None, model_name=None, ckpt_name=None,
-        vae_name=None, clip_name=None, clip_name1=None, text_encoder1=None
-    ):
-        """Checks the main file, which has one of these names."""
-        names = (unet_name, gguf_name, model_path, model_name, ckpt_name, vae_name, clip_name,
-                 clip_name1, text_encoder1)
-        return cls.validate(next((name for name in names if name is not None), None))
-
-    @classmethod
-    def validate(cls, name: str | None) -> bool | str:
-        """Returns True, or a sentence about the main file, if that is missing, and the others."""
-        _, *others = [key for key in cls.keys.split() if INPUTS[key].file]
-        return validate_main(name, others, cls.folders)
 
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:

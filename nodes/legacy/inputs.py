@@ -17,6 +17,7 @@ from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 
 CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
+VAE_FOLDERS = ("vae_gguf", "vae", "vae_approx")
 NONE = "None"  # a slot without a LoRA
 FLUX_SLOTS, SLOTS = 15, 10  # LoRAs of a stack
 MAX_GPUS = 64
@@ -71,28 +72,22 @@ def _choice(tooltip: str, options: Callable[[], Sequence[str]], file: bool = Fal
 _file = functools.partial(_choice, file=True)
 
 
-def _models() -> list[str]:
-    return list_files(*FOLDERS)
+def _files(*keys: str) -> Options:
+    return file_options(list_files(*keys), keys)
 
 
-def _models_and_folders() -> list[str]:
-    return [*_models(), *list_model_folders(*FOLDERS)]
+def _models_and_folders() -> Options:
+    return file_options([*list_files(*FOLDERS), *list_model_folders(*FOLDERS)], FOLDERS)
 
 
-def _encoders(main: str | None = None) -> Sequence[str]:
-    """Text encoders. main: of an input that is not itself the main file, that one's name."""
-    files = list_files(*CLIP_FOLDERS)
-    return file_options(files, CLIP_FOLDERS, main) if main else files
+def _flux_encoders() -> Options:
+    folders = list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)
+    return file_options([*list_files(*CLIP_FOLDERS), *folders], CLIP_FOLDERS)
 
 
-def _flux_encoders(main: str | None = None) -> Sequence[str]:
-    files = [*_encoders(), *list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)]
-    return file_options(files, CLIP_FOLDERS, main) if main else files
-
-
-def _vaes() -> list[str]:
+def _vaes() -> Options:
     gguf = [name for name in list_files("vae_gguf") if name.lower().endswith(".gguf")]
-    return [*gguf, *host_vae_names()]
+    return file_options([*gguf, *host_vae_names()], VAE_FOLDERS)
 
 
 def host_vae_names() -> list[str]:
@@ -158,22 +153,18 @@ _HIDDEN: dict[str, Any] = {"advanced": True}
 
 INPUTS: dict[str, LegacyInput] = {
     # files
-    "unet_name": _file(MODEL_FILE, _models),
-    "gguf_name": _file(MODEL_FILE, _models),
-    "model_name": _file(MODEL_FILE, _models),
+    **dict.fromkeys(("unet_name", "gguf_name", "model_name"),
+                    _file(MODEL_FILE, lambda: _files(*FOLDERS))),
     "unet_name:folders": _file(MODEL_FILE, _models_and_folders),
     "model_name:folders": _file(MODEL_FILE, _models_and_folders),
     "model_path": _file(MODEL_FILE, _models_and_folders),
-    "ckpt_name": _file("A file in models/checkpoints.", lambda: list_files(*CHECKPOINT_FOLDERS)),
+    "ckpt_name": _file("A file in models/checkpoints.", lambda: _files(*CHECKPOINT_FOLDERS)),
     "vae_name": _file("A file in models/vae or models/vae_approx.", _vaes),
-    "clip_name": _file(ENCODER_FILE, _encoders),
-    "clip_name1": _file(ENCODER_FILE, _encoders),
-    **{f"clip_name{number}": _file(ENCODER_FILE, lambda: _encoders("clip_name1"))
-       for number in (2, 3, 4)},
-    "text_encoder1": _file(FLUX_ENCODER_FILE, _flux_encoders),
-    "text_encoder2": _file(FLUX_ENCODER_FILE, lambda: _flux_encoders("text_encoder1")),
+    **dict.fromkeys(("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4"),
+                    _file(ENCODER_FILE, lambda: _files(*CLIP_FOLDERS))),
+    **dict.fromkeys(("text_encoder1", "text_encoder2"), _file(FLUX_ENCODER_FILE, _flux_encoders)),
     "lora_name": _file("A file in models/loras; GGUF adapters work too.",
-                       lambda: list_files(*LORA_FOLDERS)),
+                       lambda: _files(*LORA_FOLDERS)),
     # how it is loaded
     "type": _choice(TEXT_TYPE, lambda: encoder_types("CLIPLoader")),
     "type:dual": _choice(TEXT_TYPE, lambda: encoder_types("DualCLIPLoader")),

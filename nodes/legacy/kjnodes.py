@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ...loaders.paths.folders import find_file, list_files
-from ..file_inputs import Options, file_options, validate_main
+from ..file_inputs import Options, file_options
 from ..load_diffusion_model import NO_MODULE as NONE
 from ..load_diffusion_model import picked_module
 from ..node_text import loader_output
@@ -20,7 +20,7 @@ ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "fla
 def _extra_files() -> Options:
     """Returns what may have further layers: models, and connectors among text encoders."""
     connectors = [name for name in list_files(*CLIP_FOLDERS) if "connector" in name.lower()]
-    return file_options([*list_files(*FOLDERS), *connectors, NONE], ALL_FOLDERS, "model_name")
+    return file_options([*list_files(*FOLDERS), *connectors, NONE], ALL_FOLDERS)
 
 
 # next to those of `inputs.INPUTS`
@@ -56,10 +56,6 @@ class GGUFLoader(io.ComfyNode):
                 " enable_fp16_accumulation attention_override", INPUTS),
             outputs=[io.Model.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name=None):
-        return validate_main(model_name, ["extra_model_name"], ALL_FOLDERS, [NONE])
 
     @classmethod
     def execute(

@@ -71,7 +71,6 @@ class Loader(LegacyNode):
 class ModelLoader(Loader):
     """Loads a diffusion model."""
 
-    folders = FOLDERS
     also = "dequant_dtype patch_dtype patch_on_device"  # also of the loader without these inputs
 
     @classmethod
@@ -86,7 +85,6 @@ class TextEncoderLoader(Loader):
     Callers use its method, or the two steps `load_data` and `load_patcher`.
     """
 
-    folders = CLIP_FOLDERS
     outputs = (io.Clip.Output,)
     also = "type device:encoder"
 

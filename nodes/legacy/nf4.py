@@ -25,7 +25,6 @@ def load_parts(ckpt_name: str, **options) -> dict:
 class CheckpointLoader(Loader):
     """Loads a checkpoint."""
 
-    folders = CHECKPOINT_FOLDERS
     outputs = (io.Model.Output, io.Clip.Output, io.Vae.Output)
 
     @classmethod

@@ -18,7 +18,7 @@ from ..file_inputs import validated_inputs
 from ..node_text import show_text
 from ..number_checks import reject_infinite
 from . import LegacyNode, make_nodes
-from .inputs import CLIP_FOLDERS, FLUX_SLOTS, LORA_FOLDERS, NONE, SLOTS
+from .inputs import FLUX_SLOTS, LORA_FOLDERS, NONE, SLOTS
 from .loaders import Loader, ModelLoader, load_clip
 
 MIN_STRENGTH = 1e-5  # a LoRA with less is left out, as in the original
@@ -27,7 +27,6 @@ MIN_STRENGTH = 1e-5  # a LoRA with less is left out, as in the original
 class TextEncoderLoader(Loader):
     """Loads the two text encoders of Flux."""
 
-    folders = CLIP_FOLDERS
     outputs = (io.Clip.Output,)
     also = "use_4bit_t5 int4_model"
 
@@ -83,14 +82,12 @@ def chosen_loras(slots: dict, lora_count: int | None = None) -> Iterator[tuple[s
 class LoraLoader(LegacyNode):
     """Applies a LoRA to a model."""
 
-    folders = LORA_FOLDERS
-
     @classmethod
     def validate_inputs(cls, lora_name=None):
         inputs = validated_inputs()
         if inputs is None or inputs.get("lora_strength", 1.0) == 0:
             return True
-        return validate_files(lora_name, keys=cls.folders)
+        return validate_files(lora_name, keys=LORA_FOLDERS)
 
     @classmethod
     def run(cls, lora_name, model, lora_strength=1.0) -> tuple:
@@ -110,7 +107,7 @@ class LoraStack(LegacyNode):
         count = inputs.get("lora_count")
         loras = chosen_loras(inputs, count if isinstance(count, int) else None)
         names = [name for name, strength in loras if strength != 0 and not is_link(name)]
-        return validate_files(*names, keys=cls.folders)
+        return validate_files(*names, keys=LORA_FOLDERS)
 
     @classmethod
     def run(cls, model, lora_count=None, **slots) -> tuple:

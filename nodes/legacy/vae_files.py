@@ -8,12 +8,11 @@ import torch
 from comfy_api.latest import io
 
 from ...loaders.models.vae import build_vae, load_vae
-from ...loaders.paths.folders import find_file, validate_files
+from ...loaders.paths.folders import find_file
 from ..combo_options import host_node
-from .inputs import host_vae_names
+from .inputs import VAE_FOLDERS, host_vae_names
 from .loaders import Loader
 
-FOLDERS = ("vae_gguf", "vae", "vae_approx")
 PIXEL_SPACE = "pixel_space"  # the only name of the host's loader without weights
 
 
@@ -25,7 +24,7 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
         device: where it runs; None: where the host decides.
     """
     if _is_file(vae_name):
-        return load_vae(find_file(vae_name, *FOLDERS), device)
+        return load_vae(find_file(vae_name, *VAE_FOLDERS), device)
     host = host_node("VAELoader")
     if device is None:
         return host().load_vae(vae_name)[0]
@@ -45,10 +44,6 @@ class VaeLoader(Loader):
     """Loads a VAE."""
 
     outputs = (io.Vae.Output,)
-
-    @classmethod
-    def validate(cls, name) -> bool | str:
-        return not _is_file(name) or validate_files(name, keys=FOLDERS)
 
     @classmethod
     def load(cls, name, device) -> dict:

@@ -52,27 +52,39 @@ def test_a_file_that_is_missing_is_told_at_its_own_input_before_anything_runs(no
     ("DualCLIPLoaderGGUFDisTorch2MultiGPU", ["clip_name1", "clip_name2"]),
     ("GGUFLoaderKJ", ["model_name", "extra_model_name"]),
     ("NunchakuTextEncoderLoaderV2", ["text_encoder1", "text_encoder2"]),
-    ("NunchakuFluxLoraStack", ["lora_name_1", "lora_name_3"]),
+    ("VAELoaderGGUF", ["vae_name"]), ("FeatherweightCheckLora", ["lora_name"]),
 ])
-def test_all_missing_files_of_a_node_are_in_one_sentence_at_one_input(node_id, names):
+def test_each_missing_file_is_no_value_of_its_list_and_the_log_says_where_it_was_sought(
+        node_id, names, caplog):
+    """The editor offers the file of a workflow's link where ComfyUI says so, and merges these
+    errors with those of ComfyUI's own loaders."""
     given = {name: f"gone {number}.gguf" for number, name in enumerate(names)}
     rest = dict.fromkeys(input.id for input in NODES[node_id].GET_SCHEMA().inputs)
-    errors = input_errors(node_id, **{**rest, **given})
-    assert errors.keys() == {names[0]}
-    message = errors[names[0]]
-    assert message.count("are in none of the model folders") == 1
-    assert "Put the files there, or pick others; press R" in message
-    assert all(name in message for name in given.values())
+    errors = {error["extra_info"].get("input_name"): error["type"]
+              for error in prompt_errors(node_id, {**rest, **given})}
+    assert {name: errors.get(name) for name in names} == dict.fromkeys(names, "value_not_in_list")
+    for name in given.values():
+        assert f"{name} is in none of the model folders" in caplog.text
+    assert "Put the file there, or pick another one; press R" in caplog.text
+
+
+def test_all_missing_loras_of_a_stack_are_in_one_sentence_at_the_first():
+    """Which slots are used depends on other inputs."""
+    errors = input_errors("NunchakuFluxLoraStack", lora_name_1="gone 0.gguf",
+                          lora_name_3="gone 1.gguf")
+    message, = errors.values()
+    assert errors.keys() == {"lora_name_1"}
+    assert "gone 0.gguf and gone 1.gguf are in none of the model folders" in message
 
 
 def test_files_that_two_nodes_miss_are_told_at_each_of_them():
-    """Where the first file is a link, the second one is told at its own input."""
     def loader(first):
         return {"class_type": "DualCLIPLoaderGGUF",
                 "inputs": {"clip_name1": first, "clip_name2": "gone.gguf", "type": "flux"}}
     errors = errors_by_node({"1": loader("lost.gguf"), "2": loader(LINK)})
-    assert any("lost.gguf and gone.gguf" in error["details"] for error in errors["1"])
-    assert [error["extra_info"]["input_name"] for error in errors["2"]] == ["clip_name2"]
+    missing = {node: {error["extra_info"]["input_name"] for error in found}
+               for node, found in errors.items()}
+    assert missing == {"1": {"clip_name1", "clip_name2"}, "2": {"clip_name2"}}
 
 
 @pytest.mark.parametrize(
@@ -90,12 +102,11 @@ def test_files_of_a_prompt_that_runs_on_other_machines_need_not_be_here(graph, i
         request = {"prompt": graph}
         assert remote_prompts.on_prompt(request) is request
         loader = load_diffusion_model.LoadDiffusionModel
-        options = next(input.options for input in loader.define_schema().inputs
-                       if input.id == "module_name")
-        return loader.validate_inputs(model_name=MISSING) is True, MISSING in options
+        return {MISSING in input.options for input in loader.define_schema().inputs
+                if input.id in ("model_name", "module_name")}
 
     assert remote_prompts.RUN_ON_RAY in NODES
-    assert contextvars.copy_context().run(asked) == (not is_told, not is_told)
+    assert contextvars.copy_context().run(asked) == {not is_told}
 
 
 def test_a_lora_that_is_not_applied_need_not_be_there():
