@@ -39,10 +39,15 @@ DEMO = {
 }
 
 
+@pytest.fixture(scope="module")
+def dense_model(server):
+    """Written once: Windows writes over no file that a model maps."""
+    save_file({name: tensor.bfloat16() for name, tensor in demo_files.flux().items()},
+              server.base / "models" / "diffusion_models" / "dense.safetensors")
+
+
 @pytest.mark.parametrize("task", llms_text.prompts())
-def test_a_prompt_of_llms_txt_runs(task, server):
-    path = server.base / "models" / "diffusion_models" / "dense.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in demo_files.flux().items()}, path)
+def test_a_prompt_of_llms_txt_runs(task, server, dense_model):
     prompt = llms_text.prompts()[task]
     for node in prompt.values():
         node["inputs"] |= {name: DEMO[value] for name, value in node["inputs"].items()
@@ -56,7 +61,6 @@ def test_a_prompt_of_llms_txt_runs(task, server):
         assert "ComfyUI_Q4_K_00001_.gguf" in "".join(run.texts["2"])
     else:
         assert server.pixels(run).std(axis=(0, 1)).min() > 5
-    path.unlink()
 
 
 @pytest.mark.parametrize("node_id", [node.GET_SCHEMA().node_id for node in current_nodes()])
