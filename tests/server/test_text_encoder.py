@@ -1,5 +1,7 @@
 """Text encoders through the real server: files that cannot be used are said in plain words, and the
 server goes on."""
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,7 @@ def test_a_packed_language_model_writes_text_through_the_hosts_node(server, enco
             }
         }, "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}
     })
-    path.unlink()
+    with contextlib.suppress(PermissionError):  # Windows removes none that the server maps
+        path.unlink()
     assert "".join(run.outputs["3"]["text"])
     assert f"{path.name}: Qwen3 0.6B" in server.log()
