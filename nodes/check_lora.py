@@ -7,8 +7,8 @@ from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
 from ..loaders.lora.report_chart import report_picture
-from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files
-from .file_inputs import file_options
+from ..loaders.paths.folders import LORA_FOLDERS, find_file
+from .file_inputs import list_options
 from .node_text import show_text
 
 
@@ -39,7 +39,7 @@ class CheckLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=file_options(list_files(*LORA_FOLDERS), LORA_FOLDERS),
+                    options=list_options(*LORA_FOLDERS),
                     display_name="lora",
                     tooltip="A file in models/loras; GGUF adapters work too.",
                 ),

@@ -4,11 +4,12 @@ The options of an input say themselves which values they accept. Of another one 
 input that it is not in the list, from which the editor offers the file that a workflow has a link
 for.
 """
+import re
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
-from ..loaders.paths.folders import validate_files
+from ..loaders.paths.folders import list_files, list_model_folders, validate_files
 from ..ops.log import log
 from .comfyui_server import log_lack
 
@@ -64,6 +65,17 @@ def file_options(options: Iterable[str], keys: Iterable[str]) -> Options:
         return found is True
 
     return Options(options, is_found)
+
+
+def list_options(*keys: str, model_class: re.Pattern | None = None) -> Options:
+    """Returns the options of an input for a file in some folders, or for a folder there.
+
+    Args:
+        keys: of the folders to look in.
+        model_class: of the folders that are listed too, see `list_model_folders`; None: none are.
+    """
+    folders = list_model_folders(*keys, model_class=model_class) if model_class else []
+    return file_options([*list_files(*keys), *folders], keys)
 
 
 def validated_inputs() -> dict | None:

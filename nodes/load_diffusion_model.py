@@ -16,9 +16,9 @@ from ..loaders.container.weight_file import WeightFileError
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.fit_device import FIT, faster_type_text
 from ..loaders.models.pack_on_load import LOAD_TYPES, PackTo
-from ..loaders.paths.folders import find_file, list_files, list_model_folders
+from ..loaders.paths.folders import DIFFUSION_MODEL, find_file, list_files
 from .added_inputs import added_combo
-from .file_inputs import file_options
+from .file_inputs import file_options, list_options
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
 from .search_words import MODEL_WORDS, family_aliases
@@ -170,7 +170,7 @@ class LoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=file_options([*files, *list_model_folders(*FOLDERS)], FOLDERS),
+                    options=list_options(*FOLDERS, model_class=DIFFUSION_MODEL),
                     display_name="model",
                     tooltip="A file in models/diffusion_models or models/unet, or a folder that"
                     " diffusers saved there (…/transformer).",

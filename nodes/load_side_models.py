@@ -12,10 +12,8 @@ from ..loaders.paths.folders import (
     CONTROLNET,
     MODEL_PATCH,
     find_file,
-    list_files,
-    list_model_folders,
 )
-from .file_inputs import file_options
+from .file_inputs import list_options
 from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -40,9 +38,7 @@ def _inputs(name: str, folders: tuple[str, ...], model_class: re.Pattern, title:
     return [
         io.Combo.Input(
             name,
-            options=file_options([
-                *list_files(*folders), *list_model_folders(*folders, model_class=model_class)
-            ], folders),
+            options=list_options(*folders, model_class=model_class),
             display_name=title,
             tooltip=f"A file in models/{folders[-1]}, or a folder that {saved_by} saved there.",
         ),

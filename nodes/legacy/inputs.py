@@ -10,9 +10,22 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT, gpus
-from ...loaders.paths.folders import ENCODER, LORA_FOLDERS, list_files, list_model_folders
+from ...loaders.paths.folders import (
+    DIFFUSION_MODEL,
+    ENCODER,
+    LORA_FOLDERS,
+    list_files,
+    list_model_folders,
+)
 from ..combo_options import combo_options, encoder_types, host_node
-from ..file_inputs import Options, file_options, is_name, nullable_options, open_options
+from ..file_inputs import (
+    Options,
+    file_options,
+    is_name,
+    list_options,
+    nullable_options,
+    open_options,
+)
 from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 
@@ -70,19 +83,6 @@ def _choice(tooltip: str, options: Callable[[], Sequence[str]], file: bool = Fal
 
 
 _file = functools.partial(_choice, file=True)
-
-
-def _files(*keys: str) -> Options:
-    return file_options(list_files(*keys), keys)
-
-
-def _models_and_folders() -> Options:
-    return file_options([*list_files(*FOLDERS), *list_model_folders(*FOLDERS)], FOLDERS)
-
-
-def _flux_encoders() -> Options:
-    folders = list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)
-    return file_options([*list_files(*CLIP_FOLDERS), *folders], CLIP_FOLDERS)
 
 
 def _vaes() -> Options:
@@ -154,17 +154,19 @@ _HIDDEN: dict[str, Any] = {"advanced": True}
 INPUTS: dict[str, LegacyInput] = {
     # files
     **dict.fromkeys(("unet_name", "gguf_name", "model_name"),
-                    _file(MODEL_FILE, lambda: _files(*FOLDERS))),
-    "unet_name:folders": _file(MODEL_FILE, _models_and_folders),
-    "model_name:folders": _file(MODEL_FILE, _models_and_folders),
-    "model_path": _file(MODEL_FILE, _models_and_folders),
-    "ckpt_name": _file("A file in models/checkpoints.", lambda: _files(*CHECKPOINT_FOLDERS)),
+                    _file(MODEL_FILE, lambda: list_options(*FOLDERS))),
+    **dict.fromkeys(
+        ("unet_name:folders", "model_name:folders", "model_path"),
+        _file(MODEL_FILE, lambda: list_options(*FOLDERS, model_class=DIFFUSION_MODEL))),
+    "ckpt_name": _file("A file in models/checkpoints.", lambda: list_options(*CHECKPOINT_FOLDERS)),
     "vae_name": _file("A file in models/vae or models/vae_approx.", _vaes),
     **dict.fromkeys(("clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4"),
-                    _file(ENCODER_FILE, lambda: _files(*CLIP_FOLDERS))),
-    **dict.fromkeys(("text_encoder1", "text_encoder2"), _file(FLUX_ENCODER_FILE, _flux_encoders)),
+                    _file(ENCODER_FILE, lambda: list_options(*CLIP_FOLDERS))),
+    **dict.fromkeys(
+        ("text_encoder1", "text_encoder2"),
+        _file(FLUX_ENCODER_FILE, lambda: list_options(*CLIP_FOLDERS, model_class=ENCODER))),
     "lora_name": _file("A file in models/loras; GGUF adapters work too.",
-                       lambda: _files(*LORA_FOLDERS)),
+                       lambda: list_options(*LORA_FOLDERS)),
     # how it is loaded
     "type": _choice(TEXT_TYPE, lambda: encoder_types("CLIPLoader")),
     "type:dual": _choice(TEXT_TYPE, lambda: encoder_types("DualCLIPLoader")),
