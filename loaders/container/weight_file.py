@@ -5,7 +5,6 @@ chosen by the first bytes of a file, never by the file's name.
 """
 import contextlib
 import functools
-import math
 import mmap
 import os
 import re
@@ -382,14 +381,6 @@ def explain_oserror(path: Path) -> Iterator[None]:
     except OSError as error:
         raise WeightFileError(
             f"{path} cannot be read ({error.strerror}). Check the drive it is on.") from error
-
-
-def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
-    """Returns the bytes of a tensor in a packed format, with its scales, or in a plain type."""
-    values = math.prod(shape)
-    if type_name in PLAIN_DTYPES:
-        return values * PLAIN_DTYPES[type_name].itemsize
-    return FORMATS[type_name].nbytes(values)
 
 
 # of the models in a pipeline's folder

@@ -12,7 +12,7 @@ import torch
 
 from ...ops.formats.base import FORMATS
 from ...ops.tensor.packed_layout import is_packed
-from ..container.weight_file import nbytes_of, safe_repr
+from ..container.weight_file import PLAIN_DTYPES, safe_repr
 from .atomic_file import Tensors, WeightsWriter, WriteError
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
@@ -128,7 +128,7 @@ def _nbytes(shape: Sequence[int], type_name: str) -> int:
             f"{type_name} packs blocks of {packed.block_length} values, into which the shape"
             f" {tuple(shape)} cannot be divided."
         )
-    return nbytes_of(type_name, (values,))
+    return packed.nbytes(values) if packed else values * PLAIN_DTYPES[type_name].itemsize
 
 
 def _stored_shape(shape: Sequence[int], type_name: str) -> Sequence[int]:

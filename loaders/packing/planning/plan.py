@@ -17,6 +17,8 @@ from .choose_types import bytes_for_costs, choose_types
 ROUNDED_INPUTS = 10 ** 0.22
 STAYS = "as stored"  # in place of the type of a weight that is packed already, and stays
 DIGITS = 2  # decimal places of sizes in messages
+SMALLEST_FIRST = sorted((name for name, each in TYPES.items() if each.is_gguf),
+                        key=lambda name: TYPES[name].bits_per_value())
 
 
 @short_error_name
@@ -97,10 +99,9 @@ class Plan:
 def types_for(shape: tuple[int, ...]) -> list[str]:
     """Returns the GGUF types among which a plan for a size chooses, smallest first: those that are
     offered, or where blocks of some do not divide the rows, all whose blocks do."""
-    names = [name for name, each in TYPES.items() if each.is_gguf and each.takes(shape)]
-    if set(GGUF_TYPES) <= set(names):
-        names = GGUF_TYPES
-    return sorted(names, key=lambda name: TYPES[name].bits_per_value())
+    names = [name for name in SMALLEST_FIRST if TYPES[name].takes(shape)]
+    offered = [name for name in names if name in GGUF_TYPES]
+    return offered if len(offered) == len(GGUF_TYPES) else names
 
 
 def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,

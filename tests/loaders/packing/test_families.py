@@ -8,7 +8,6 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import host_clip, small_towers, text_model
 
-from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import FAMILIES, rules_for
 from featherweight.loaders.packing_rules import (
     GENERAL_RULES,
@@ -181,11 +180,11 @@ def test_sizes_are_those_of_gguf(packed):
     if packed.ggml_type not in set(gguf.GGMLQuantizationType):
         pytest.skip("the installed gguf package does not know the type")
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(packed.ggml_type)]
-    assert nbytes_of(packed.name, (3, 512)) == 3 * 512 // block * size
+    assert pack_type(packed.name).nbytes((3, 512)) == 3 * 512 // block * size
 
 
 def test_nf4_counts_its_scales():
-    assert nbytes_of("NF4", (3, 100)) == 150 + 4 * 5
+    assert pack_type("NF4").nbytes((3, 100)) == 150 + 4 * 5
     assert FORMATS["NF4"].block_length == 64
 
 

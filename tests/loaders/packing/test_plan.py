@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from planned_types import signal_to_error
 
-from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.planning.choose_types import choose_types
 from featherweight.loaders.packing.planning.fit import GRADES
@@ -199,7 +198,7 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
     assert plan.nbytes(SMALL) <= budget
     assert all(relative_error(plan.types[name]) < relative_error("Q4_K") for name in costs)
     # no matrix becomes exact any more, which alone would gain by so noisy a measurement
-    exact = min(nbytes_of("BF16", SMALL[name]) - nbytes_of(plan.types[name], SMALL[name])
+    exact = min(TYPES["BF16"].nbytes(SMALL[name]) - TYPES[plan.types[name]].nbytes(SMALL[name])
                 for name in costs if plan.types[name] != "BF16")
     assert exact > budget - plan.nbytes(SMALL)
 
