@@ -24,8 +24,8 @@ TREES, GROUNDS, HOURS = (
     ("noon", "dusk", "dawn", "night"),
 )
 # Ray on one machine, without usage statistics, metrics and workers started in advance. A dead node
-# is noticed within seconds; a slow one has 10 s for each answer. Ray's own
-# niceness of workers, 15, starves them beside other tests.
+# is noticed within seconds; a slow one has 10 s for each answer. With the niceness that
+# Ray gives workers, 15, other tests leave them almost no processor time.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_DEDUP_LOGS": "0",
     "RAY_prestart_worker_first_driver": "0", "RAY_memory_monitor_refresh_ms": "0",

@@ -74,13 +74,15 @@ def input_text(name: str, input_type, settings: dict, optional: bool, left_out) 
 
 def node_text(node: type[io.ComfyNode]) -> str:
     """Returns the lines about a node."""
-    info, parameters = node.GET_NODE_INFO_V1(), inspect.signature(node.execute).parameters
+    info = node.GET_NODE_INFO_V1()
+    left_out = {name: _left_out(parameter)
+                for name, parameter in inspect.signature(node.execute).parameters.items()}
     inputs = [
-        input_text(name, input_type, settings, group == "optional", _left_out(parameters[name]))
+        input_text(name, input_type, settings, group == "optional", left_out[name])
         for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()
         for input_type, settings in [_type_and_settings(spec)]
         # one of earlier workflows is of use where a prompt without it means what they meant
-        if not settings.get("hidden") or _left_out(parameters[name])
+        if not settings.get("hidden") or left_out[name]
     ]
     outputs = ", ".join(name if name == output_type else f"{name} ({output_type})"
                         for name, output_type in

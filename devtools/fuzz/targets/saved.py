@@ -42,8 +42,7 @@ def packed_cache(folder: Path) -> Target:
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.weight": (name, (16, 64)) for name in ("NF4", "int8_convrot", "nvfp4")}
     wanted["plain.bias"] = "F32", (4,)
-    packed = {name: torch.ones(shape) if TYPES[kind].is_plain
-              else TYPES[kind].pack(torch.ones(shape)) for name, (kind, shape) in wanted.items()}
+    packed = {name: TYPES[kind].pack(torch.ones(shape)) for name, (kind, shape) in wanted.items()}
     source, entry = folder / "source.safetensors", folder / "featherweight-0.safetensors"
     save_file({"a": torch.ones(1)}, source)
     write_entry(entry, open_weights(source), packed, 0.0)
