@@ -191,13 +191,12 @@ OLDER = ("qwen-image-2512-Q4_K_M.gguf", "ltx-2.3-22b-dev-Q3_K.gguf", "flux1-dev-
 
 def unknown_model(path) -> str:
     """The sentence on a file of tensors that no model has."""
-    weights = {f"blocks.{index}.odd.weight": torch.ones(8, 8) for index in range(20)}
-    if path.exists():
-        pass  # the error before this one has it mapped, so that Windows would not write over it
-    elif path.suffix == ".gguf":
-        write_gguf(path, weights, lambda name, values: "F32")
-    else:
-        save_file(weights, path)
+    if not path.exists():  # an error before has it mapped, and Windows would not write over it
+        weights = {f"blocks.{index}.odd.weight": torch.ones(8, 8) for index in range(20)}
+        if path.suffix == ".gguf":
+            write_gguf(path, weights, lambda name, values: "F32")
+        else:
+            save_file(weights, path)
     with pytest.raises(WeightFileError) as error:
         random.choice([load_diffusion_model, load_checkpoint])(str(path))
     return str(error.value)
