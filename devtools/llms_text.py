@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from pack_nodes import current_nodes
 
 from devtools import ROOT
-from featherweight.loaders.comfyui.compute import BY_COMPUTE
+from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
 from featherweight.nodes import OWN_PREFIX
 
@@ -165,8 +165,8 @@ def text(nodes: dict[str, type[io.ComfyNode]]) -> str:
 Version {setting("version")}, for ComfyUI {setting("requires-comfyui")}. Prompts in API format \
 take the ids and options below, letter by letter, and end in an output node, such as ComfyUI's \
 `SaveImage`. Names of files: `GET /object_info/FeatherweightLoadDiffusionModel` lists those of an \
-input as its options. Beside `compute` of the loaders write `"host_formats": "{BY_COMPUTE}"`: a \
-prompt without it means what it meant before 0.2.2, where `exact` left layers in ComfyUI's own \
+input as its options. Beside `compute` of the loaders write `"host_formats": "{FOLLOW_COMPUTE}"`: \
+a prompt without it means what it meant before 0.2.2, where `exact` left layers in ComfyUI's own \
 formats to ComfyUI's kernels on GPUs that have them.
 
 {chr(10).join(f"To {title}, POST to `/prompt`: `{json.dumps({'prompt': prompt})}`{chr(10)}"

@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..loaders.byte_sizes import GB
 from ..loaders.comfyui.compute import (
     AUTOMATIC,
-    BY_COMPUTE,
     COMPUTE_CHOICES,
     EXACT,
+    FOLLOW_COMPUTE,
     HOST_FORMATS_CHOICES,
 )
 from ..loaders.container.weight_file import WeightFileError
@@ -111,7 +111,7 @@ def host_formats_input():
         "host_formats",
         HOST_FORMATS_CHOICES,
         earlier=AUTOMATIC,
-        default=BY_COMPUTE,
+        default=FOLLOW_COMPUTE,
         advanced=True,
         display_name="fp8, nvfp4, int8 computed by",
         extra_dict={"hidden": True},

@@ -46,8 +46,8 @@ from featherweight.loaders.packing.planning.fit import (
     workspace_bytes,
 )
 from featherweight.loaders.paths.folders import SENSITIVITY
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
-from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
+from featherweight.loaders.refusals.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
     load_checkpoint,
     load_diffusion_model,

@@ -9,7 +9,7 @@ from devtools import ROOT
 
 CONFORMANCE = (
     *(f"tests/ops/layers/test_{name}.py" for name in (
-        "packed_layers", "comfyui_quantized", "experts", "gradients", "autocast", "compile")),
+        "packed_layers", "comfy_quant_layers", "experts", "gradients", "autocast", "compile")),
     *(f"tests/ops/patches/test_{name}.py" for name in ("lora_on_convolutions", "lora")),
     *(f"tests/ops/patcher/test_{name}.py" for name in (
         "patcher", "dynamic_vram", "other_models", "patched_weights")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import comfy.options
 import pytest
 
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
@@ -203,7 +203,7 @@ def test_only_their_records_name_more_than_half_of_comfyuis_formats():
         names = COMFYUI_FORMATS.keys() & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
         if 2 * len(names) > len(COMFYUI_FORMATS):
             named[module_of(path)] = names
-    assert named == {"loaders.quantizers.comfyui_formats": COMFYUI_FORMATS.keys()}
+    assert named == {"loaders.quantizers.comfy_quant_formats": COMFYUI_FORMATS.keys()}
 
 
 def test_ray_is_optional_and_starts_with_no_import():

@@ -14,7 +14,7 @@ from oracles import installed
 from safetensors.torch import load_file, save_file
 
 from devtools import ROOT
-from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.loaders.quantizers.comfy_quant import pack_parts
 from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.packed_tensor import PackedTensor

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
-from featherweight.loaders.comfyui.quantized_weights import in_parts
+from featherweight.loaders.comfyui.comfy_quant_weights import in_parts
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.low_rank import LowRank, Slice

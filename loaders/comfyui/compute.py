@@ -22,18 +22,18 @@ from comfy.taesd.taesd import TAESD
 from ...ops import cpu_features
 from ...ops.layers import AUTOMATIC, EXACT, FAST, INT8, cpu_attention
 from ...ops.tensor.packed_layout import convert_16bit, is_other_16bit, safe_detach
-from ..quantizers.comfyui_formats import COMFYUI_FORMATS, ComfyUIFormat
+from ..quantizers.comfy_quant_formats import COMFYUI_FORMATS, ComfyUIFormat
 
 FLOAT32 = "float32"  # of earlier versions: exact, in float32 on every device
-AS_COMFYUI = "as ComfyUI computes them"  # of earlier versions, of layers in ComfyUI's formats
-BY_COMPUTE = "by compute"
+COMFYUI = "as ComfyUI computes them"  # of earlier versions, of layers in ComfyUI's formats
+FOLLOW_COMPUTE = "by compute"
 COMPUTE_CHOICES = (AUTOMATIC, EXACT, FAST, INT8, FLOAT32)  # options of the input `compute`
 CHOICES_OF_SIDE_MODELS = COMPUTE_CHOICES[:3]  # of text encoders, ControlNets and the like
 # options of the input `host formats` -> who computes layers in ComfyUI's formats
 HOST_FORMATS = {AUTOMATIC: AUTOMATIC, "exact, from the file's weights": EXACT,
-                AS_COMFYUI: AS_COMFYUI}
-HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)
-# how a model computes -> who computes layers in ComfyUI's formats, with BY_COMPUTE
+                COMFYUI: COMFYUI}
+HOST_FORMATS_CHOICES = (FOLLOW_COMPUTE, *HOST_FORMATS)
+# how a model computes -> who computes layers in ComfyUI's formats, with FOLLOW_COMPUTE
 WHO_COMPUTES = {AUTOMATIC: AUTOMATIC, EXACT: EXACT, FAST: AUTOMATIC, FLOAT32: EXACT}
 
 # VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
@@ -48,7 +48,7 @@ ATTENTION_FLAGS = ("use_split_cross_attention", "use_quad_cross_attention",
                    "force_upcast_attention")
 
 
-def computing(compute: str, host_formats: str = BY_COMPUTE) -> tuple[str, str]:
+def computing(compute: str, host_formats: str = FOLLOW_COMPUTE) -> tuple[str, str]:
     """Returns how a model computes, and who computes its layers in ComfyUI's own formats.
 
     Args:
@@ -60,17 +60,18 @@ def computing(compute: str, host_formats: str = BY_COMPUTE) -> tuple[str, str]:
     """
     how = FAST if compute == INT8 else compute
     who = WHO_COMPUTES[how]
-    return how, who if host_formats == BY_COMPUTE else HOST_FORMATS.get(host_formats, host_formats)
+    return how, (who if host_formats == FOLLOW_COMPUTE
+                 else HOST_FORMATS.get(host_formats, host_formats))
 
 
 def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
     """Returns the names of ComfyUI's formats whose layers this pack computes.
 
     Args:
-        host_formats: AUTOMATIC, EXACT or AS_COMFYUI.
+        host_formats: AUTOMATIC, EXACT or COMFYUI.
         device: where the layers run.
     """
-    if host_formats == AS_COMFYUI:
+    if host_formats == COMFYUI:
         return frozenset()
     return frozenset(name for name in COMFYUI_FORMATS
                      if host_formats == EXACT or not host_multiplies(name, device))

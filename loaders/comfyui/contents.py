@@ -19,11 +19,11 @@ from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
-from ..quantizers.comfyui_formats import COMFYUI_FORMATS
+from ..quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from ..recipe import Recipe
+from .comfy_quant_weights import as_tensors, with_marks
 from .detection import try_detect
 from .model_summary import arithmetic_text, dequantize_backend_text, format_name
-from .quantized_weights import as_tensors, with_marks
 from .weight_keys import model_prefix, to_comfy_keys
 
 

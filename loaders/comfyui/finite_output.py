@@ -9,7 +9,7 @@ from ...ops.tensor.packed_layout import QuantizedTensor
 from ...ops.tensor.row_slicing import dense
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, safe_repr
 from ..name_lists import join_some
-from ..read_anyway import READ_ANYWAY, reads_anyway
+from ..refusals.read_anyway import READ_ANYWAY, reads_anyway
 
 
 class FiniteOutput:

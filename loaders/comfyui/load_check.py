@@ -20,7 +20,7 @@ from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, safe_repr
 from ..encoders.arch import TOKENIZER_NAMES
 from ..name_lists import join_some
 from ..quantizers.judgement import judge
-from ..read_anyway import READ_ANYWAY, reads_anyway
+from ..refusals.read_anyway import READ_ANYWAY, reads_anyway
 from .finite_output import FiniteOutput
 
 NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments

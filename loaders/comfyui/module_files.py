@@ -6,9 +6,9 @@ import comfy.model_patcher
 import torch
 
 from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
+from ..refusals.wrong_kind import describe_other_kind
+from .comfy_quant_weights import pack_plain_fp8
 from .detection import is_diffusion_model
-from .quantized_weights import pack_plain_fp8
-from .wrong_kind import describe_other_kind
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
 

@@ -9,10 +9,10 @@ import torch
 
 from ...ops.host_versions import HOST_VERSION, is_older
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
+from ..refusals.wrong_kind import reject_side_model
 from .detection import try_detect
 from .diffusers_keys import from_diffusers
 from .weight_keys import LONGEST_CUT, model_prefix
-from .wrong_kind import reject_side_model
 
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}

@@ -11,7 +11,7 @@ from comfy.model_detection import (
 )
 
 from ...ops.tensor.packed_layout import is_packed, relabel
-from ..quantizers.comfyui_marks import WRAPPERS
+from ..quantizers.comfy_quant_marks import WRAPPERS
 from .detection import try_detect
 from .diffusers_keys import from_diffusers
 

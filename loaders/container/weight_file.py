@@ -54,7 +54,7 @@ class WeightFileError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """Describes one tensor of a file.
 
     Attributes:
@@ -89,7 +89,7 @@ class WeightFile:
         paths: all files of the model, in order.
         states: their states when they were opened.
         metadata: key -> value.
-        entries: name -> Entry, in the order of the file.
+        entries: name -> TensorEntry, in the order of the file.
         notes: sentences about what of the file is not used, for the node.
         guard: raises WeightFileError if one of the mapped files was written to.
         judgement: `quantizers.judgement.Judgement` of the tensors, once they are read.
@@ -100,11 +100,11 @@ class WeightFile:
     path: Path
     paths: tuple[Path, ...]
     metadata: Mapping[str, Any]
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
 
     def __init__(
         self, path: Path, paths: Sequence[Path], buffers: Sequence["MappedFile"],
-        metadata: Mapping[str, Any], entries: dict[str, Entry],
+        metadata: Mapping[str, Any], entries: dict[str, TensorEntry],
     ):
         self.path = path
         self.paths = tuple(paths)
@@ -174,7 +174,7 @@ class WeightFile:
             return tensor.view(dtype).view(entry.shape)
         return tensor.view(FORMATS[entry.format].packed_shape(entry.stored_shape))
 
-    def _mapped(self, entry: Entry) -> torch.Tensor:
+    def _mapped(self, entry: TensorEntry) -> torch.Tensor:
         data = memoryview(self._buffers[entry.part])[entry.offset:entry.offset + entry.nbytes]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -183,7 +183,7 @@ class WeightFile:
         setattr(tensor.untyped_storage(), SOURCE_PATH, self._real_paths[entry.part])
         return tensor
 
-    def _read(self, entry: Entry) -> torch.Tensor:
+    def _read(self, entry: TensorEntry) -> torch.Tensor:
         """Reads a tensor into memory, aligned to 64 bytes at any offset."""
         path, tensor = self.paths[entry.part], torch.empty(entry.nbytes, dtype=torch.uint8)
         with explain_oserror(path), open(path, "rb", buffering=0) as file:
@@ -245,7 +245,7 @@ class WeightFile:
         folder = f"{self.name}/" if path.parent == self.path else ""
         return WeightFileError(f"{folder}{path.name}: {problem}. {advice}")
 
-    def _as_tensor(self, entry: Entry) -> torch.Tensor:
+    def _as_tensor(self, entry: TensorEntry) -> torch.Tensor:
         data = self.tensor(entry.name)
         if entry.format in self.dtypes:
             return data

@@ -14,7 +14,7 @@ from ...ops.bounded_json import read_json
 from ..container.weight_file import CONFIG_KEY, WeightFileError, display_name, map_file, safe_repr
 from ..name_lists import join_some
 from ..quantizers.registry import METHODS
-from ..quantizers.unsupported_quantizers import GET_OTHER_FORMAT
+from ..refusals.unsupported_quantizers import GET_OTHER_FORMAT
 from .mlx_names import common_name, is_of_mflux
 from .safetensors import SafetensorsFile
 

@@ -16,18 +16,18 @@ from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
 from ..container.weight_file import (
     PLAIN_DTYPES,
-    Entry,
     ProgressIter,
+    TensorEntry,
     WeightFile,
     WeightFileError,
     safe_repr,
 )
 from ..quantizers import leftover_scales, scaled_weights
 from ..quantizers.base import join_weights
-from ..quantizers.comfyui_marks import marked_layers
+from ..quantizers.comfy_quant_marks import marked_layers
 from ..quantizers.judgement import judged
 from ..quantizers.lost_marks import restore_marks
-from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
+from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, GGUFHeader, TensorInfo, extent
 from .gguf_marks import marks_as_metadata
 from .gguf_split import split_headers
 
@@ -56,7 +56,7 @@ class GGUFFile(WeightFile):
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        headers = split_headers(Header(path))
+        headers = split_headers(GGUFHeader(path))
         metadata = ChainMap(
             *(header.metadata for header in headers))  # pyright: ignore[reportArgumentType]
         if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
@@ -66,7 +66,7 @@ class GGUFFile(WeightFile):
                 " Get a conversion of the model that is not rotated."
             )
         formats_by_type = _formats_by_type(headers)
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for part, header in enumerate(headers):
             for entry in _entries(header, metadata, part, formats_by_type):
                 if entry.name in entries:
@@ -111,7 +111,7 @@ class GGUFFile(WeightFile):
         return str(self.metadata.get("general.architecture", ""))
 
 
-def _formats_by_type(headers: list[Header]) -> Mapping[int, Format]:
+def _formats_by_type(headers: list[GGUFHeader]) -> Mapping[int, Format]:
     """Returns ggml type -> packed format for the files of one model.
 
     Early files of PrismML use the number of Q2_0 for their PQ2_0. Its tensors are smaller, and no
@@ -151,16 +151,16 @@ def _fills(packed: Format, shape: tuple[int, ...], space: int, alignment: int) -
     return nbytes <= space < nbytes + alignment
 
 
-def _entries(header: Header, metadata: Mapping[str, Any], part: int,
-             formats_by_type: Mapping[int, Format]) -> list[Entry]:
+def _entries(header: GGUFHeader, metadata: Mapping[str, Any], part: int,
+             formats_by_type: Mapping[int, Format]) -> list[TensorEntry]:
     """Returns the tensors of one file in its order, with the logical shapes from `metadata`."""
     entries = [_entry(header, tensor, metadata, part, formats_by_type) for tensor in header.tensors]
     _check_layout(header, entries)
     return entries
 
 
-def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part: int,
-           formats_by_type: Mapping[int, Format]) -> Entry:
+def _entry(header: GGUFHeader, tensor: TensorInfo, metadata: Mapping[str, Any], part: int,
+           formats_by_type: Mapping[int, Format]) -> TensorEntry:
     name, shape = tensor.name, tensor.shape
     if tensor.ggml_type in PLAIN_TYPES:
         format_name, block_length = PLAIN_TYPES[tensor.ggml_type], 1
@@ -190,11 +190,11 @@ def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part
     logical = _original_shape(header, name, shape, metadata)
     stored = logical if logical and logical[-1] % block_length == 0 else shape
     nbytes = prod(shape) // block_length * block_bytes
-    return Entry(name, logical, stored, format_name, header.data_start + tensor.offset, nbytes,
-                 part)
+    return TensorEntry(name, logical, stored, format_name, header.data_start + tensor.offset,
+                       nbytes, part)
 
 
-def _original_shape(header: Header, name: str, shape: tuple[int, ...],
+def _original_shape(header: GGUFHeader, name: str, shape: tuple[int, ...],
                     metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the shape before conversion if ComfyUI-GGUF's converter had to reshape a tensor."""
     original = metadata.get(f"comfy.gguf.orig_shape.{name}")
@@ -215,7 +215,7 @@ def _original_shape(header: Header, name: str, shape: tuple[int, ...],
     return tuple(original)
 
 
-def _check_layout(header: Header, entries: list[Entry]):
+def _check_layout(header: GGUFHeader, entries: list[TensorEntry]):
     """Raises WeightFileError unless all tensors are inside the file and none overlap."""
     if not entries:
         return

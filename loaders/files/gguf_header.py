@@ -102,7 +102,7 @@ class _Metadata(Mapping):
         return len(self._positions)
 
 
-class Header:
+class GGUFHeader:
     """The header of one GGUF file, checked against the file's size.
 
     Attributes:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...ops.bounded_json import read_json
 from ..container.weight_file import WeightFileError, safe_repr
-from ..quantizers.comfyui_marks import SETTINGS
+from ..quantizers.comfy_quant_marks import SETTINGS
 
 PREFIX = "comfy.gguf.quant."  # before the name of a weight in the metadata
 WEIGHT = ".weight"

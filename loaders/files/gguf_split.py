@@ -4,10 +4,10 @@ import re
 
 from ..container.weight_file import safe_repr
 from ..name_lists import join_some
-from .gguf_header import Header
+from .gguf_header import GGUFHeader
 
 
-def split_headers(header: Header) -> list[Header]:
+def split_headers(header: GGUFHeader) -> list[GGUFHeader]:
     """Returns the headers of all files of a model.
 
     Args:
@@ -35,7 +35,7 @@ def split_headers(header: Header) -> list[Header]:
             f"it is one file of a model split into {count}; missing in its folder:"
             f" {join_some(missing, 1)}. Download all {count} into one folder."
         )
-    headers = [header if sibling == path else Header(sibling) for sibling in paths]
+    headers = [header if sibling == path else GGUFHeader(sibling) for sibling in paths]
     for number, part in enumerate(headers):
         split_number = part.metadata.get("split.no")
         split_count = part.metadata.get("split.count")

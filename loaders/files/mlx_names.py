@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..container.weight_file import DOWNLOAD_AGAIN, Entry, WeightFileError, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, TensorEntry, WeightFileError, safe_repr
 
 MFLUX = ("mflux_version", "quantization_level")  # keys of the metadata of its files
 RGB = 3  # channels
@@ -70,8 +70,8 @@ def _rules(metadata: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return _OF_LIBRARIES if metadata.get("format") == "mlx" else ()
 
 
-def with_common_names(file_name: str, entries: dict[str, Entry],
-                      metadata: Mapping[str, Any]) -> dict[str, Entry]:
+def with_common_names(file_name: str, entries: dict[str, TensorEntry],
+                      metadata: Mapping[str, Any]) -> dict[str, TensorEntry]:
     """Returns the entries of a file by `common_name`, in their order.
 
     Raises:
@@ -79,7 +79,7 @@ def with_common_names(file_name: str, entries: dict[str, Entry],
     """
     if not _rules(metadata):
         return entries
-    renamed: dict[str, Entry] = {}
+    renamed: dict[str, TensorEntry] = {}
     for entry in entries.values():
         name = common_name(entry.name, metadata)
         if name in renamed:

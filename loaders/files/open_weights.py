@@ -3,11 +3,11 @@ import os
 from pathlib import Path
 
 from ..container.weight_file import WeightFile, WeightFileError, map_file
+from ..refusals.wrong_format import sniff_wrong_format
 from .diffusers_folder import ModelFolder
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFile
 from .torch_file import TorchFile
-from .wrong_format import sniff_wrong_format
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:

@@ -23,9 +23,9 @@ from ..container.weight_file import (
     CONFIG_KEY,
     COUNTABLE,
     PLAIN_DTYPES,
-    Entry,
     MappedFile,
     ProgressIter,
+    TensorEntry,
     WeightFile,
     WeightFileError,
     map_file,
@@ -148,8 +148,9 @@ def _shards(path: Path) -> list[Path]:
     return [path] if missing else paths
 
 
-def _read_header(path: Path, buffer: MappedFile, part: int,
-                 dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read_header(
+        path: Path, buffer: MappedFile, part: int, dtypes: Mapping[str, torch.dtype],
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Reads the header of one file and checks it against the file's size.
 
     Args:
@@ -159,7 +160,7 @@ def _read_header(path: Path, buffer: MappedFile, part: int,
         dtypes: name in the file -> dtype.
 
     Returns:
-        Name -> Entry, in the order of the data, and the metadata.
+        Name -> TensorEntry, in the order of the data, and the metadata.
     """
 
     def damage_error(problem: str) -> WeightFileError:
@@ -206,7 +207,8 @@ def _read_header(path: Path, buffer: MappedFile, part: int,
             raise damage_error(
                 f"{safe_repr(name)} should end at byte {start + last}, the file ends at byte {size}"
             )
-        entries.append(Entry(name, tuple(shape), tuple(shape), dtype, start + first, nbytes, part))
+        entries.append(TensorEntry(name, tuple(shape), tuple(shape), dtype, start + first, nbytes,
+                                   part))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     for before, after in pairwise(entries):
         if before.offset + before.nbytes > after.offset:

@@ -20,9 +20,9 @@ from ...ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import join_rows
 from ..quantizers.bitsandbytes import QUANT_TYPES
-from ..quantizers.comfyui import layer_parts
-from ..quantizers.comfyui_formats import LINEAR_DTYPE
-from ..quantizers.comfyui_marks import MARK, mark_of
+from ..quantizers.comfy_quant import layer_parts
+from ..quantizers.comfy_quant_formats import LINEAR_DTYPE
+from ..quantizers.comfy_quant_marks import MARK, mark_of
 from .atomic_file import Tensors, WeightsWriter, WriteError
 from .safetensors import SafetensorsFile
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ..container.weight_file import WeightFile, WeightFileError
-from ..quantizers.comfyui_formats import FP8, SCALE
-from ..quantizers.comfyui_marks import MARK, mark_of
+from ..quantizers.comfy_quant_formats import FP8, SCALE
+from ..quantizers.comfy_quant_marks import MARK, mark_of
 from ..quantizers.judgement import judged
 from .torch_file import read_torch_object
 

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..container.weight_file import Entry, WeightFile, WeightFileError, first_line, map_file
+from ..container.weight_file import TensorEntry, WeightFile, WeightFileError, first_line, map_file
+from ..refusals.wrong_format import ARCHIVE
 from .safetensors import SafetensorsFile
-from .wrong_format import ARCHIVE
 
 # What the pickle of a file of tensors names. torch allows more, such as `bytearray`, of which a
 # file of 179 bytes makes any number of bytes.
@@ -38,8 +38,8 @@ class TorchFile(SafetensorsFile):
             raise WeightFileError(f"{path.name} holds {next(iter(other), 'no tensors')}, expected"
                                   " the weights of a model. Pick another file.")
         WeightFile.__init__(self, path, [path], [map_file(path)], {}, {
-            name: Entry(name, tuple(tensor.shape), tuple(tensor.shape), names[tensor.dtype], 0,
-                        tensor.nbytes) for name, tensor in self._tensors.items()})
+            name: TensorEntry(name, tuple(tensor.shape), tuple(tensor.shape), names[tensor.dtype],
+                              0, tensor.nbytes) for name, tensor in self._tensors.items()})
 
     @staticmethod
     def recognises(head: bytes) -> bool:

@@ -8,14 +8,14 @@ from ...ops.layers.product import values_of
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
+from ..comfyui.comfy_quant_weights import as_tensors
 from ..comfyui.contents import Contents
-from ..comfyui.quantized_weights import as_tensors
 from ..comfyui.weight_keys import to_comfy_keys
 from ..container.weight_file import FileChangeGuard
 from ..encoders.arch import arch_of, strip_prefix
 from ..progress import Progress
-from ..quantizers.comfyui_formats import SMOOTHING
-from ..quantizers.comfyui_marks import MARK
+from ..quantizers.comfy_quant_formats import SMOOTHING
+from ..quantizers.comfy_quant_marks import MARK
 
 SLICE_VALUES = 1 << 22  # values dequantised at a time: 16 MB as float32
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")

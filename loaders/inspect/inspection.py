@@ -10,13 +10,6 @@ import torch
 
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
 from ..comfyui.model_summary import title_of
-from ..comfyui.wrong_kind import (
-    SIDE_LOADERS,
-    SIDE_MODELS,
-    VAE_PREFIXES,
-    find_other_part,
-    first_match,
-)
 from ..container.weight_file import safe_repr
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..lora.family_match import match_family
@@ -25,6 +18,13 @@ from ..lora.tensor_names import PAIRS, layer_names
 from ..packing.planning.fit import Weights
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
+from ..refusals.wrong_kind import (
+    SIDE_LOADERS,
+    SIDE_MODELS,
+    VAE_PREFIXES,
+    find_other_part,
+    first_match,
+)
 from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 

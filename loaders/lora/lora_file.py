@@ -7,8 +7,8 @@ from safetensors import SafetensorError
 
 from ..container.weight_file import WeightFileError, first_line, map_file, safe_repr
 from ..files.torch_file import read_torch_file
-from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
+from ..refusals.wrong_format import LFS_POINTER
 from .family_match import match_family
 from .gguf_adapter import read_gguf_adapter
 from .header_alpha import read_config

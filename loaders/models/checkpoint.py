@@ -15,14 +15,13 @@ from ...ops.bounded_json import read_json
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.comfy_quant_weights import as_tensors, host_metadata
 from ..comfyui.compute import EXACT, packed_formats
 from ..comfyui.detection import UNKNOWN_MODEL, explain_build_errors, try_detect
 from ..comfyui.keep_packed import wrap_clip, wrap_model
 from ..comfyui.load_check import bytes_of, check_load, patcher_of
-from ..comfyui.quantized_weights import as_tensors, host_metadata
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import model_prefix
-from ..comfyui.wrong_kind import VAE_PREFIXES, reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError, map_file, safe_repr
 from ..devices import device_options
 from ..families import MODELS
@@ -30,6 +29,7 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER,
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..recipe import register_loader
+from ..refusals.wrong_kind import VAE_PREFIXES, reject_non_diffusion
 from .diffusion import build_model, load_diffusion_model, read_weights
 from .fit_device import FIT, Targets, model_targets
 from .load_options import LoadOptions

@@ -9,9 +9,9 @@ from ...ops.tensor.row_slicing import dense, take_rows
 from ..comfyui.compute import AUTOMATIC
 from ..comfyui.keep_packed import keep_packed
 from ..comfyui.layer_classes import names_with_layers, rebind
-from ..comfyui.wrong_kind import CLIP_VISION
+from ..refusals.wrong_kind import CLIP_VISION
 from .pack_on_load import PackTo
-from .side_models import Kind, PackedFile, load_side_model
+from .side_models import Kind, LoadedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
 WAN_WEIGHT = re.compile(r"^visual\.transformer\.\d")
@@ -35,7 +35,7 @@ def load_clip_vision(path: str, pack_to: PackTo | None = None,
     return load_side_model(path, Kind(CLIP_VISION, _build, _wrap), pack_to, compute)
 
 
-def _wrap(clip_vision: Any, packed_file: PackedFile):
+def _wrap(clip_vision: Any, packed_file: LoadedFile):
     packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
     if getattr(clip_vision, "naf", None) is not None:
         keep_packed(clip_vision.naf, torch.float32)

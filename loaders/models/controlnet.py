@@ -13,12 +13,12 @@ from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.compute import AUTOMATIC, follows_model, guided_dtypes
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.keep_packed import keep_packed
-from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
-from ..quantizers.comfyui_marks import MARK
+from ..quantizers.comfy_quant_marks import MARK
+from ..refusals.wrong_kind import CONTROLNET
 from .pack_on_load import PackTo
-from .side_models import Kind, PackedFile, load_side_model
+from .side_models import Kind, LoadedFile, load_side_model
 
 CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
@@ -92,7 +92,7 @@ def _convert_fused(state_dict: Mapping[str, torch.Tensor],
     return sources, converted
 
 
-def _wrap_control(control: Any, packed_file: PackedFile):
+def _wrap_control(control: Any, packed_file: LoadedFile):
     if hasattr(control, "control_model_wrapped"):
         packed_file.adopt(control.control_model_wrapped, *_dtypes_of(control))
         _follow(control)

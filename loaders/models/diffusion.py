@@ -13,6 +13,13 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
+from ..comfyui.comfy_quant_weights import (
+    as_tensors,
+    host_metadata,
+    in_parts,
+    pack_plain_fp8,
+    read_marked,
+)
 from ..comfyui.compute import EXACT, packed_formats
 from ..comfyui.detection import (
     DETECTION_ERRORS,
@@ -33,23 +40,16 @@ from ..comfyui.module_files import (
     module_layers,
     reject_unused_module,
 )
-from ..comfyui.quantized_weights import (
-    as_tensors,
-    host_metadata,
-    in_parts,
-    pack_plain_fp8,
-    read_marked,
-)
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import detect_keys, has_foreign_names, model_prefix
-from ..comfyui.wrong_kind import reject_non_diffusion
 from ..container.weight_file import WeightFile, WeightFileError
 from ..devices import CPU
 from ..files.open_weights import open_weights
 from ..lora.seedvr2 import add_texts
 from ..progress import Progress
-from ..quantizers.comfyui_marks import MARK
+from ..quantizers.comfy_quant_marks import MARK
 from ..recipe import register_loader
+from ..refusals.wrong_kind import reject_non_diffusion
 from .fit_device import model_targets
 from .load_options import LoadOptions
 from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in

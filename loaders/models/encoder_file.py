@@ -5,7 +5,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..comfyui.quantized_weights import as_tensors, read_marked
+from ..comfyui.comfy_quant_weights import as_tensors, read_marked
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, model_name
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import (

@@ -43,7 +43,7 @@ from ..packing.planning.fit import (
 )
 from ..packing.planning.plan import DIGITS, relative_error
 from ..packing_rules import Shapes
-from ..quantizers.comfyui import row_type_of
+from ..quantizers.comfy_quant import row_type_of
 from .pack_on_load import PackedFrom, PackTo, measurement_of
 
 FIT = "fit this GPU"  # in place of a type to pack to

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..comfyui.quantized_weights import host_reads
+from ..comfyui.comfy_quant_weights import host_reads
 from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..files.scale_map import TORCH, scale_map
-from ..quantizers.base import Header
-from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
+from ..quantizers.base import TensorHeader
+from ..quantizers.comfy_quant_marks import MarkError, has_other_names, marked_layers
 from ..quantizers.judgement import judge
 from ..quantizers.registry import has_quantized_weights
 from .pack_on_load import PackTo
@@ -93,7 +93,7 @@ def is_safetensors(path: str) -> bool:
     return str(path).lower().endswith((".safetensors", ".sft"))
 
 
-def _header_of(file: Any, name: str) -> Header:
+def _header_of(file: Any, name: str) -> TensorHeader:
     """Returns the header of a tensor of an open safetensors file."""
     tensor = file.get_slice(name)
-    return Header(SafetensorsFile.dtypes.get(tensor.get_dtype()), tuple(tensor.get_shape()))
+    return TensorHeader(SafetensorsFile.dtypes.get(tensor.get_dtype()), tuple(tensor.get_shape()))

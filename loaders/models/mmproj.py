@@ -3,7 +3,7 @@ import difflib
 from pathlib import Path
 
 from ...ops.log import log
-from ..comfyui.quantized_weights import read_marked
+from ..comfyui.comfy_quant_weights import read_marked
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError
 from ..encoders.arch import strip_prefix
 from ..files.open_weights import open_weights

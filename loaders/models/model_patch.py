@@ -8,9 +8,9 @@ import torch
 from ...ops.tensor.row_slicing import dense
 from ..comfyui.compute import AUTOMATIC, guided_dtypes
 from ..comfyui.layer_classes import names_with_layers, rebind
-from ..comfyui.wrong_kind import MODEL_PATCH
+from ..refusals.wrong_kind import MODEL_PATCH
 from .pack_on_load import PackTo
-from .side_models import Kind, PackedFile, load_side_model
+from .side_models import Kind, LoadedFile, load_side_model
 
 
 def load_model_patch(path: str, pack_to: PackTo | None = None,
@@ -23,7 +23,7 @@ def load_model_patch(path: str, pack_to: PackTo | None = None,
     return load_side_model(path, Kind(MODEL_PATCH, _build, _wrap), pack_to, compute)
 
 
-def _wrap(patcher: comfy.model_patcher.ModelPatcher, packed_file: PackedFile):
+def _wrap(patcher: comfy.model_patcher.ModelPatcher, packed_file: LoadedFile):
     packed_file.adopt(patcher, *guided_dtypes(patcher.load_device))
 
 

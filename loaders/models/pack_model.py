@@ -29,7 +29,6 @@ from ...ops.tensor.packed_layout import (
 from ...ops.tensor.packed_tensor import relabel
 from ..comfyui.compute import EXACT, FLOAT32
 from ..comfyui.diffusers_keys import JoinedRows
-from ..comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ..comfyui.keep_packed import choose_kitchen_products, keep_packed
 from ..comfyui.load_check import NOTES_KEY, load_notes
 from ..comfyui.model_summary import PACK_STATS_KEY
@@ -39,9 +38,10 @@ from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..packing.source import Weight, source_of_model
 from ..progress import Progress
-from ..quantizers.comfyui_formats import FP8
+from ..quantizers.comfy_quant_formats import FP8
 from ..quantizers.judgement import judge
 from ..recipe import Recipe, model_paths, source_name
+from ..refusals.foreign_weights import COMPILED, reject_foreign_weights
 from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
 from .pack_on_load import PackStats, PackTo, pack_weights
 

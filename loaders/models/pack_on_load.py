@@ -46,7 +46,7 @@ from ..packing.planning.plan import STAYS, PlanError, plan_for_size, plan_for_ty
 from ..packing_rules import Shapes, half_type
 from ..paths.folders import imatrix_of, packed_folder, sensitivity_of
 from ..progress import Progress
-from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
+from .cache_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
 LOAD_TYPES = tuple(name for name, each in TYPES.items() if LOAD in each.menus)
 PackTo = str | int  # one of LOAD_TYPES, or the bytes that the best mix of types takes at most

@@ -14,30 +14,30 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ...ops.packing.pack_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
-from ..comfyui.compute import AUTOMATIC, EXACT, computing, packed_formats
-from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
-from ..comfyui.keep_packed import keep_packed
-from ..comfyui.load_check import bytes_of, check_load
-from ..comfyui.model_summary import log_load_summary
-from ..comfyui.quantized_weights import (
+from ..comfyui.comfy_quant_weights import (
     as_tensors,
     host_metadata,
     in_parts,
     read_marked,
 )
+from ..comfyui.compute import AUTOMATIC, EXACT, computing, packed_formats
+from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
+from ..comfyui.keep_packed import keep_packed
+from ..comfyui.load_check import bytes_of, check_load
+from ..comfyui.model_summary import log_load_summary
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
-from ..quantizers.comfyui_marks import MARK
+from ..quantizers.comfy_quant_marks import MARK
+from ..refusals.wrong_kind import describe_other_kind
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, PackTo, pack_weights
 
 
 @dataclass
-class PackedFile:
+class LoadedFile:
     """The file of a model that this pack has read, and what was packed of it while it was read."""
 
     file: WeightFile
@@ -65,7 +65,7 @@ class Kind:
         build: (name of the file, state dict, metadata, layer classes) -> the host's model, None
             where the host knows none such. It may change the state dict. Without packed weights the
             classes are None: the host's are to be used.
-        wrap: (model, its file) -> None; has packed weights stay packed, by `PackedFile.adopt`. It
+        wrap: (model, its file) -> None; has packed weights stay packed, by `LoadedFile.adopt`. It
             is called for a file that the host does not read.
         convert: state dict -> (stand-ins by which the host detects the model, weights), before the
             weights are packed; `build` gets both in one.
@@ -74,7 +74,7 @@ class Kind:
 
     title: str
     build: Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
-    wrap: Callable[[Any, PackedFile], None] | None = None
+    wrap: Callable[[Any, LoadedFile], None] | None = None
     convert: Callable[[dict[str, torch.Tensor]],
                       tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] | None = None
     prefix: str = ""
@@ -135,7 +135,7 @@ def load_side_model(path: str, kind: Kind, pack_to: PackTo | None = None,
         model = build_of(state_dict)
     progress.stage()
     if kind.wrap:
-        kind.wrap(model, PackedFile(file, packed))
+        kind.wrap(model, LoadedFile(file, packed))
     return model
 
 

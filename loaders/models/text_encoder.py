@@ -12,6 +12,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
+from ..comfyui.comfy_quant_weights import in_parts
 from ..comfyui.compute import packed_formats
 from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import (
@@ -22,9 +23,7 @@ from ..comfyui.detection import (
 )
 from ..comfyui.keep_packed import wrap_clip
 from ..comfyui.load_check import check_load
-from ..comfyui.quantized_weights import in_parts
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import WeightFileError, model_name
 from ..encoders.arch import SENTENCEPIECE, Weights
 from ..encoders.encoder_sets import (
@@ -40,6 +39,7 @@ from ..encoders.type_choice import choose_type
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..recipe import register_loader
+from ..refusals.wrong_kind import describe_other_kind
 from .encoder_file import EncoderFile, unwrap_encoder
 from .fit_device import encoder_targets
 from .load_options import LoadOptions

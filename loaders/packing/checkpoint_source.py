@@ -12,17 +12,17 @@ import comfy.ops
 import torch
 from comfy.supported_models_base import BASE
 
+from ..comfyui.comfy_quant_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.detection import try_detect
-from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
-from ..comfyui.wrong_kind import VAE_PREFIXES
 from ..families import rules_for
 from ..files.open_weights import open_weights
-from ..quantizers.comfyui_marks import MARK, mark_of
+from ..quantizers.comfy_quant_marks import MARK, mark_of
+from ..refusals.wrong_kind import VAE_PREFIXES
 from .source import (
     INPUT_SCALES,
     MARKERS,
-    Part,
+    CheckpointPart,
     SaveError,
     Source,
     Weight,
@@ -175,7 +175,7 @@ def _whole(source: Source, others: Mapping[str, Weight], encoders: Collection[st
     parts = []
     for start, names in groups.items():
         part = Source({local: replace(others[name], name=local) for local, name in names.items()})
-        parts.append(Part(part, names, bool(start and rules_for(part.shapes).embedding)))
+        parts.append(CheckpointPart(part, names, bool(start and rules_for(part.shapes).embedding)))
     if any(part.may_be_packed for part in parts):
         layers = [part.names[name] for part in parts if part.may_be_packed
                   for name in rules_for(part.source.shapes).row_names(

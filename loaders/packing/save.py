@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ...ops.formats.base import FormatError, TooLargeError
-from ...ops.packing.pack_types import TYPES, RowType, pack_type
+from ...ops.packing.pack_types import TYPES, RowPackType, pack_type
 from ...ops.packing.packed_pieces import PackedPieces
 from ...ops.packing.relative_error import float_values
 from ...ops.quantize.row_source import RowSource
@@ -262,7 +262,7 @@ class WeightPacker:
         moments = None if measured is None else measured.moments(weight.name)
         packed = _Packed(planned, moments, self.source.device,
                          self.loss_kind not in (RESULT, WEIGHTS))
-        is_per_tensor = isinstance(planned, RowType) and planned.is_per_tensor
+        is_per_tensor = isinstance(planned, RowPackType) and planned.is_per_tensor
         try:
             if is_per_tensor and weight.name not in self.must_survive:
                 self._pack_whole(weight, packed)

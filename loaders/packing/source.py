@@ -31,14 +31,12 @@ from ...ops.tensor.packed_layout import (
 )
 from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
+from ..comfyui.comfy_quant_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.detection import try_detect
 from ..comfyui.diffusers_keys import JoinedRows
-from ..comfyui.foreign_weights import reject_foreign_weights
 from ..comfyui.model_summary import format_name
 from ..comfyui.module_files import module_layers
-from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
-from ..comfyui.wrong_kind import SIDE_MODELS, first_match, reject_non_diffusion
 from ..container.weight_file import (
     FileChangeGuard,
     WeightFile,
@@ -51,8 +49,10 @@ from ..files.open_weights import open_weights
 from ..lora.seedvr2 import add_texts
 from ..name_lists import join_some
 from ..packing_rules import half_type
-from ..quantizers.comfyui import row_type_of
+from ..quantizers.comfy_quant import row_type_of
 from ..recipe import Recipe, model_paths
+from ..refusals.foreign_weights import reject_foreign_weights
+from ..refusals.wrong_kind import SIDE_MODELS, first_match, reject_non_diffusion
 
 DIFFUSION_MODEL = "diffusion_model."
 # Start of the host's name of an encoder -> first parts of names in its model -> in files, for
@@ -195,7 +195,7 @@ class Source:
     paths: Collection[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     is_side_model: bool = False
-    parts: Sequence["Part"] = ()
+    parts: Sequence["CheckpointPart"] = ()
     file_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -222,7 +222,7 @@ class Source:
 
 
 @dataclass
-class Part:
+class CheckpointPart:
     """A text encoder of a whole checkpoint, or all that is never packed in it, such as the VAE.
 
     Attributes:

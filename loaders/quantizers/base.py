@@ -11,11 +11,11 @@ import torch
 from ...ops.formats.base import FormatError
 from ..container.weight_file import ProgressIter, WeightFile, safe_repr
 from ..name_lists import join_some
-from .comfyui_marks import MARK, marked_layers
+from .comfy_quant_marks import MARK, marked_layers
 from .parts import GET_OTHER_CONVERSION, Part, PartError, Parts, as_comparable, bind_sizes
 
 
-class Header(NamedTuple):
+class TensorHeader(NamedTuple):
     """The dtype, None for one that is not read, and the shape of a tensor that is not opened."""
     dtype: torch.dtype | None
     shape: tuple[int, ...]

@@ -16,10 +16,10 @@ from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.tensor.packed_layout import packed_rows, packed_tensor
 from ..container.weight_file import COUNTABLE, WeightFile, safe_repr
+from ..refusals.unsupported_quantizers import GET_OTHER_FORMAT
 from .base import HeaderOf, Layer, Quantizer, scaled_layers
-from .comfyui_marks import MARK
+from .comfy_quant_marks import MARK
 from .parts import FLOATS, Part, PartError
-from .unsupported_quantizers import GET_OTHER_FORMAT
 
 QUANT_TYPES: dict[str, Codebook4Bit] = {"nf4": NF4.of(), "fp4": FP4.of()}
 # bitsandbytes 0.50 `functional.quantize_4bit`

@@ -4,13 +4,13 @@ from typing import Any
 import torch
 
 from ...ops.formats.bits import split_stream
-from ...ops.formats.comfyui import INT8_ROWS
+from ...ops.formats.comfy_quant import INT8_ROWS
 from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
 from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import WeightFile
-from .comfyui_formats import FP8
+from .comfy_quant_formats import FP8
 from .parts import FLOATS, Part, PartError
 
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}

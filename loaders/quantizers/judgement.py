@@ -27,11 +27,11 @@ from ..container.weight_file import (
     safe_repr,
 )
 from ..name_lists import join_some
-from ..read_anyway import READ_ANYWAY, reads_anyway
+from ..refusals.read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers
-from .comfyui import nvfp4_scale_shapes
-from .comfyui_formats import FP8, SCALE, SCALE_2, format_of, is_rotated
-from .comfyui_marks import (
+from .comfy_quant import nvfp4_scale_shapes
+from .comfy_quant_formats import FP8, SCALE, SCALE_2, format_of, is_rotated
+from .comfy_quant_marks import (
     MARK,
     OLD_MARKER,
     OLD_SCALE,

@@ -20,7 +20,7 @@ from ...ops.tensor.row_slicing import dense, take_rows
 from ..container.weight_file import WeightFile, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui_formats import SMOOTHING
+from .comfy_quant_formats import SMOOTHING
 from .parts import Part
 
 WEIGHT_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2")

@@ -14,13 +14,13 @@ from ...ops.formats.base import FormatError
 from ...ops.tensor.packed_layout import is_packed
 from ..container.weight_file import WeightFile, safe_repr
 from ..name_lists import join_some
-from ..read_anyway import READ_ANYWAY, reads_anyway
+from ..refusals.read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers
-from .comfyui import pack_parts
-from .comfyui_banks import is_bank, pack_bank
-from .comfyui_formats import FP8, GROUP_SCALE, PART_NAMES, SCALE, is_rotated
-from .comfyui_marks import MARK, OLD_SCALE, mark_of, marked_layers, settings_of_layers
-from .comfyui_settings import check_settings
+from .comfy_quant import pack_parts
+from .comfy_quant_banks import is_bank, pack_bank
+from .comfy_quant_formats import FP8, GROUP_SCALE, PART_NAMES, SCALE, is_rotated
+from .comfy_quant_marks import MARK, OLD_SCALE, mark_of, marked_layers, settings_of_layers
+from .comfy_quant_settings import check_settings
 from .integers import E8M0
 from .parts import PartError, Parts
 

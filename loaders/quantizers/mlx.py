@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
+from ...ops.formats.comfy_quant import MXFP8, NVFP4_LOW
 from ...ops.formats.integers import MLX_BITS, MLX_GROUP, MXFP4_ROWS, family_with_minimum
 from ...ops.tensor.packed_layout import packed_rows
 from .base import HeaderOf, Layer, Quantizer, layers_with

@@ -38,11 +38,11 @@ from ...ops.tensor.packed_layout import (
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
+from ..refusals.unsupported_quantizers import GET_OTHER_FORMAT
 from . import nunchaku_tiles as tiles
 from .base import HeaderOf, Layer, Quantizer, Read
-from .comfyui_formats import HALVES, bias_of_shift
+from .comfy_quant_formats import HALVES, bias_of_shift
 from .parts import Part, PartError
-from .unsupported_quantizers import GET_OTHER_FORMAT
 
 # End of a tensor's name that only files of Nunchaku have, and of one that its layers have in them.
 MARK = re.compile(r"\.(wscales|wzeros|scaled_zeros)$")
@@ -118,7 +118,7 @@ JOINED = {
 
 
 @dataclass(frozen=True)
-class Family:
+class Model:
     """Models whose blocks Nunchaku changes in one way.
 
     Attributes:
@@ -135,15 +135,15 @@ class Family:
 
 
 NOTHING = re.compile(r"(?!)")
-FLUX = Family(re.compile(r"transformer_blocks\.\d+\.norm1\.linear\."),
-              {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3},
-              re.compile(r"ff(_context)?\.net\.2|mlp_fc2"))
-QWEN_IMAGE = Family(re.compile(r"transformer_blocks\.\d+\.img_mod\.1\."),
-                    {"img_mod.1": 6, "txt_mod.1": 6}, re.compile(r"(img|txt)_mlp\.net\.2"))
-Z_IMAGE = Family(re.compile(r"layers\.\d+\.attention\.to_qkv\."), {}, NOTHING, has_biases=False)
+FLUX = Model(re.compile(r"transformer_blocks\.\d+\.norm1\.linear\."),
+             {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3},
+             re.compile(r"ff(_context)?\.net\.2|mlp_fc2"))
+QWEN_IMAGE = Model(re.compile(r"transformer_blocks\.\d+\.img_mod\.1\."),
+                   {"img_mod.1": 6, "txt_mod.1": 6}, re.compile(r"(img|txt)_mlp\.net\.2"))
+Z_IMAGE = Model(re.compile(r"layers\.\d+\.attention\.to_qkv\."), {}, NOTHING, has_biases=False)
 MODELS = {"Flux": FLUX, "Qwen-Image": QWEN_IMAGE, "Z-Image": Z_IMAGE}
 # layers that are quantised one by one, as diffusers' nunchaku_lite and encoders have them
-SEPARATE = Family(NOTHING, {}, NOTHING)
+SEPARATE = Model(NOTHING, {}, NOTHING)
 
 
 def has_nunchaku_weights(names: Iterable[str]) -> bool:
@@ -269,7 +269,7 @@ class _Reader:
         if self.family is Z_IMAGE:
             self.split_plain_layers()
 
-    def find_family(self) -> Family:
+    def find_family(self) -> Model:
         """Returns the family of the model."""
         fused = [layer for layer in self.stored_names if _local_name(layer) in AFTER_VALUES]
         if not fused:

@@ -5,9 +5,13 @@ from typing import Any
 import torch
 
 from ..container.weight_file import ProgressIter, WeightFile
+from ..refusals.unsupported_quantizers import (
+    find_unsupported_quantizer,
+    reject_unsupported_quantizers,
+)
 from . import (
     bitsandbytes,
-    comfyui,
+    comfy_quant,
     compressed_tensors,
     gptq,
     hqq,
@@ -19,15 +23,14 @@ from . import (
     sdnq,
     torchao,
 )
-from .base import Header, HeaderOf, join_weights
+from .base import HeaderOf, TensorHeader, join_weights
 from .judgement import judged
 from .lost_marks import restore_marks
-from .unsupported_quantizers import find_unsupported_quantizer, reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
     mlx.QUANTIZER, quanto.QUANTIZER, hqq.QUANTIZER, torchao.QUANTIZER,
-    scaled_weights.QUANTIZER, sdnq.QUANTIZER, leftover_scales.QUANTIZER, comfyui.QUANTIZER,
+    scaled_weights.QUANTIZER, sdnq.QUANTIZER, leftover_scales.QUANTIZER, comfy_quant.QUANTIZER,
 )
 # `quant_method` of a config -> who quantised by it, for people
 METHODS = {method: who for quantizer in QUANTIZERS for method, who in quantizer.methods.items()}
@@ -46,9 +49,9 @@ def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
 def quantizer_of(file: WeightFile) -> str:
     """Returns who quantised weights of a file, by its config where that says so, "" for nobody."""
 
-    def header_of(name: str) -> Header:
+    def header_of(name: str) -> TensorHeader:
         entry = file.entries[name]
-        return Header(file.dtypes.get(entry.format), entry.shape)
+        return TensorHeader(file.dtypes.get(entry.format), entry.shape)
 
     for quantizer in QUANTIZERS:
         if quantizer.finds(file.entries, file.metadata, header_of):

@@ -31,16 +31,16 @@ from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import INT8_GROUPS, MXFP8, NVFP4_LOW
+from ...ops.formats.comfy_quant import INT8_GROUPS, MXFP8, NVFP4_LOW
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import WeightFile, describe, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui import has_block_scales, nvfp4_scale_shapes, smooth
-from .comfyui_formats import FP8, GROUP_SCALE, SMOOTHING
-from .comfyui_marks import OLD_SCALE, SETTINGS, marked_layers
+from .comfy_quant import has_block_scales, nvfp4_scale_shapes, smooth
+from .comfy_quant_formats import FP8, GROUP_SCALE, SMOOTHING
+from .comfy_quant_marks import OLD_SCALE, SETTINGS, marked_layers
 from .integers import (
     CODES_OF_ROWS,
     E8M0,

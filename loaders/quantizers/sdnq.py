@@ -44,8 +44,8 @@ from ..container.weight_file import (
     safe_repr,
 )
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
-from .comfyui_formats import MAX_ROTATION
-from .comfyui_marks import MARK
+from .comfy_quant_formats import MAX_ROTATION
+from .comfy_quant_marks import MARK
 from .parts import FLOATS, Part, PartError
 
 METHOD = "sdnq"  # `quant_method` of a config

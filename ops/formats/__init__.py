@@ -3,7 +3,7 @@ from . import (  # noqa: F401  each registers what it defines
     bnb_4bit,
     bnb_int8,
     column_groups,
-    comfyui,
+    comfy_quant,
     integers,
     iq1,
     iq2,

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from .comfyui import E2M1, LOW_NIBBLES, NVFP4_GROUP, in_groups, nvfp4
+from .comfy_quant import E2M1, LOW_NIBBLES, NVFP4_GROUP, in_groups, nvfp4
 from .row_layout import FAMILIES, Codes, Numbers, RowFamily, RowLayout
 
 # dtype of scales -> its ending in the names of families, and its kind

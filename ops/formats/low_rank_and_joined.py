@@ -187,7 +187,7 @@ def in_float(rows: torch.Tensor, first: int, compute: Callable[[torch.Tensor, in
 
 
 @dataclass(frozen=True)
-class Part:
+class JoinedWeight:
     """One of the weights that a `Joined` weight is made of.
 
     Attributes:
@@ -249,7 +249,7 @@ class Joined(Composite):
         placed, offset, start = [], 0, 0
         for part_format, rows, columns in parts:
             place = (start, 0) if axis == 0 else (0, start)
-            part = Part(part_format, rows, columns, *place, ())
+            part = JoinedWeight(part_format, rows, columns, *place, ())
             offsets = []
             for dtype, length in part.sizes():
                 offsets.append(offset)
@@ -288,7 +288,7 @@ class Joined(Composite):
             self._rest = rest_format
         return self._rest, tensors, self._joined_low_rank(low_ranks)
 
-    def _joined_low_rank(self, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
+    def _joined_low_rank(self, low_ranks: list[tuple[JoinedWeight, LowRank]]) -> LowRank:
         downs, ups, slices, rank = [], [], [], 0
         for part, low_rank in low_ranks:
             down, up = low_rank.down, low_rank.ups[0]

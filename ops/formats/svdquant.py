@@ -12,7 +12,7 @@ import torch
 
 from ..low_rank import LowRank
 from .base import Format, QParam
-from .comfyui import AWQ_GROUP, LOW_NIBBLES, NVFP4_GROUP, SIGNED, in_groups, nvfp4, with_addend
+from .comfy_quant import AWQ_GROUP, LOW_NIBBLES, NVFP4_GROUP, SIGNED, in_groups, nvfp4, with_addend
 from .low_rank_and_joined import Composite, DequantizeInto, without_low_rank
 from .row_layout import Numbers, RowFamily
 

@@ -28,7 +28,7 @@ import torch
 from ...child_process import run_process
 from .. import cpu_features
 from ..formats.base import Format, Grid
-from ..formats.comfyui import E2M1
+from ..formats.comfy_quant import E2M1
 from ..formats.row_layout import RowFormat
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time

@@ -12,7 +12,7 @@ import comfy.ops
 from ..stable_names import stable_pickle_name
 from ..tensor.packed_layout import is_packed
 from . import EXACT, FAST, INT8
-from .comfyui_quantized import MixedEmbedding, MixedLinear
+from .comfy_quant_layers import MixedEmbedding, MixedLinear
 from .fused_calls import keep_forward
 from .packed_layers import (
     PACKED_LAYERS,

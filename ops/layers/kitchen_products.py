@@ -22,7 +22,7 @@ from comfy_kitchen.registry import registry
 from .. import kernels
 from ..formats.base import Format
 from ..formats.bits import reinterpret
-from ..formats.comfyui import W4A16, W4A16_FLOAT, W4A16_HALF
+from ..formats.comfy_quant import W4A16, W4A16_FLOAT, W4A16_HALF
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, without_low_rank
 from ..formats.row_layout import RowFormat
 from ..formats.svdquant import (

@@ -7,7 +7,7 @@ import torch
 
 from .. import formats  # noqa: F401  registers the packed formats
 from ..formats.base import FORMATS, Format, FormatError, TooLargeError
-from ..formats.comfyui import (
+from ..formats.comfy_quant import (
     F8_E4M3,
     INT4_CONVROT,
     INT8_CONVROT,
@@ -131,7 +131,7 @@ class PackType:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowType(PackType):
+class RowPackType(PackType):
     """A type of ComfyUI's own, whose name is ComfyUI's word for it: codes of rows, and scales.
 
     Attributes:
@@ -203,15 +203,16 @@ TYPES = {pack_type.name: pack_type for pack_type in (
     PackType("Q3_K", 16.8, "IQ4_NL"),
     PackType("Q2_K", 11.7, "IQ4_NL", menus=(SAVE,)),
     PackType("NF4", 21.3),
-    RowType("int8_convrot", 42.9, family=INT8_CONVROT, shrinks=(1, 0.95, 0.9), rotates=True),
+    RowPackType("int8_convrot", 42.9, family=INT8_CONVROT, shrinks=(1, 0.95, 0.9), rotates=True),
     # the error of float8 hardly depends on the scale: by 0.04 dB at most on the demo's matrices
-    RowType("float8_e4m3fn", 31.5, family=F8_E4M3, shrinks=(1,), is_per_tensor=True),
-    RowType("mxfp8", 31.5, family=MXFP8, shrinks=(1, 0.5), multiple=MXFP8_GROUP),
-    RowType("nvfp4", 21.7, family=NVFP4_ROWS, shrinks=FOUR_BIT_SHRINKS, multiple=NVFP4_GROUP,
-            is_per_tensor=True),
-    RowType("asym_w4a8_int8", 23.0, family=W4A8, shrinks=LEVEL_SHRINKS, multiple=16, rotates=True),
-    RowType("convrot_w4a4", 19.5, family=INT4_CONVROT, shrinks=FOUR_BIT_ROW_SHRINKS, columns=64,
-            rotates=True),
+    RowPackType("float8_e4m3fn", 31.5, family=F8_E4M3, shrinks=(1,), is_per_tensor=True),
+    RowPackType("mxfp8", 31.5, family=MXFP8, shrinks=(1, 0.5), multiple=MXFP8_GROUP),
+    RowPackType("nvfp4", 21.7, family=NVFP4_ROWS, shrinks=FOUR_BIT_SHRINKS, multiple=NVFP4_GROUP,
+                is_per_tensor=True),
+    RowPackType("asym_w4a8_int8", 23.0, family=W4A8, shrinks=LEVEL_SHRINKS, multiple=16,
+                rotates=True),
+    RowPackType("convrot_w4a4", 19.5, family=INT4_CONVROT, shrinks=FOUR_BIT_ROW_SHRINKS, columns=64,
+                rotates=True),
     # not offered: fallbacks, and what stays plain
     PackType("Q5_1", 28.2, menus=()),
     PackType("Q5_0", 27.4, menus=()),
@@ -220,7 +221,7 @@ TYPES = {pack_type.name: pack_type for pack_type in (
     PackType("F16", 75.0, menus=(), dtype=torch.float16),
     PackType("BF16", 75.0, menus=(), dtype=torch.bfloat16),
 )}
-ROW_TYPES = {name: each for name, each in TYPES.items() if isinstance(each, RowType)}
+ROW_TYPES = {name: each for name, each in TYPES.items() if isinstance(each, RowPackType)}
 # those of GGUF that people are offered
 GGUF_TYPES = [name for name, each in TYPES.items() if each.is_gguf and each.menus]
 

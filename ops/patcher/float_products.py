@@ -1,5 +1,5 @@
 """Says which layers multiply in float, and not by ComfyUI's kernels, because of their patches."""
-from ..layers.comfyui_quantized import MixedLinear
+from ..layers.comfy_quant_layers import MixedLinear
 from ..patches.layer_patches import divide
 from .applied_patches import layer_of, packed_keys
 

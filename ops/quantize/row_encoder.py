@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.base import TooLargeError, inverse
-from ..formats.comfyui import E2M1
+from ..formats.comfy_quant import E2M1
 from ..formats.rotation import rotate
 from ..formats.row_layout import RowFormat, RowLayout
 from .finite_peak import finite_peak

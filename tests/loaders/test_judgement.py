@@ -33,7 +33,7 @@ from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.pack_on_load import LOAD_TYPES
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.loaders.read_anyway import VARIABLE
+from featherweight.loaders.refusals.read_anyway import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -11,12 +11,12 @@ from pack_nodes import node_list
 from patched_models import flux_file, packed_flux
 
 from featherweight.loaders.comfyui.compute import (
-    AS_COMFYUI,
     AUTOMATIC,
-    BY_COMPUTE,
+    COMFYUI,
     COMPUTE_CHOICES,
     EXACT,
     FAST,
+    FOLLOW_COMPUTE,
     computing,
     host_multiplies,
 )
@@ -53,7 +53,7 @@ def test_every_loader_offers_automatic_exact_and_fast(node_id):
 @pytest.mark.parametrize("node_id", WITH_COMPUTE)
 def test_the_second_choice_of_earlier_versions_is_hidden(node_id):
     host_formats = inputs_of(node_id)["host_formats"]
-    assert host_formats.default == BY_COMPUTE and host_formats.as_dict()["hidden"]
+    assert host_formats.default == FOLLOW_COMPUTE and host_formats.as_dict()["hidden"]
 
 
 @pytest.mark.parametrize("host_formats", OLD_HOST_FORMATS)
@@ -65,7 +65,7 @@ def test_the_nine_old_pairs_mean_what_they_meant(compute, host_formats):
 
 @pytest.mark.parametrize("choice", COMPUTE_CHOICES)
 def test_a_choice_alone_means_an_arithmetic_and_who_computes_comfyuis_formats(choice):
-    arithmetic, host_formats = computing(choice, BY_COMPUTE)
+    arithmetic, host_formats = computing(choice, FOLLOW_COMPUTE)
     assert arithmetic in (AUTOMATIC, EXACT, FAST, "float32")
     assert host_formats in (AUTOMATIC, EXACT)
     assert (host_formats == EXACT) == (choice in ("exact", "float32"))
@@ -81,10 +81,10 @@ def fp8_file():
     ({}, "exact", AUTOMATIC),  # as prompts of 0.2.1 that leave both out
     ({"compute": "exact"}, "exact", AUTOMATIC),  # as prompts of 0.2.1
     ({"compute": "int8"}, FAST, AUTOMATIC),
-    ({"compute": "exact", "host_formats": AS_COMFYUI}, "exact", AS_COMFYUI),
-    ({"compute": "exact", "host_formats": BY_COMPUTE}, "exact", EXACT),
-    ({"compute": "automatic", "host_formats": BY_COMPUTE}, "automatic", AUTOMATIC),
-    ({"compute": "fast", "host_formats": BY_COMPUTE}, FAST, AUTOMATIC),
+    ({"compute": "exact", "host_formats": COMFYUI}, "exact", COMFYUI),
+    ({"compute": "exact", "host_formats": FOLLOW_COMPUTE}, "exact", EXACT),
+    ({"compute": "automatic", "host_formats": FOLLOW_COMPUTE}, "automatic", AUTOMATIC),
+    ({"compute": "fast", "host_formats": FOLLOW_COMPUTE}, FAST, AUTOMATIC),
 ])
 def test_the_node_loads_as_its_inputs_say(given, arithmetic, host_formats, fp8_file, monkeypatch):
     use_folder(fp8_file.parent, monkeypatch)

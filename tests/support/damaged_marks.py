@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader

@@ -7,7 +7,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import save_file
 
-from featherweight.ops.formats.comfyui import NORMAL
+from featherweight.ops.formats.comfy_quant import NORMAL
 
 HOST_FORMATS = tuple(QUANT_ALGOS)
 # with the further settings of a layer's mark

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.ops.formats.comfyui import ROTATION
+from featherweight.ops.formats.comfy_quant import ROTATION
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -97,7 +97,7 @@ def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None
 def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
     path, _ = flux_file(format_name, seed)
     if dtype is None:
-        by = compute.EXACT if format_name.endswith(EXACT) else compute.AS_COMFYUI
+        by = compute.EXACT if format_name.endswith(EXACT) else compute.COMFYUI
         return load_diffusion_model(path, host_formats=by)
     state_dict = open_weights(path).state_dict()
     options = {"custom_operations": operations_for(state_dict), "dtype": dtype}

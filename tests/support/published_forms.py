@@ -16,7 +16,7 @@ from kernel_writer import write_kernel
 from quantizer_writers import nvfp4
 
 from devtools.files.gguf_files import random_rows, write_gguf
-from featherweight.ops.formats.comfyui import ROTATION
+from featherweight.ops.formats.comfy_quant import ROTATION
 
 Weights = Mapping[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn

@@ -26,7 +26,7 @@ from encoders.encoder import small_towers, text_model
 from encoders.t5 import T5_SMALL
 from families import FAMILIES, Family, random_weights, shrink_parts, shrunken_detection
 
-from featherweight.loaders.comfyui.compute import BY_COMPUTE
+from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, MODEL
 from featherweight.loaders.models.checkpoint import load_checkpoint
@@ -115,7 +115,7 @@ def diffusion_model(name: str) -> Published:
         return {key: found[target] for key, target in names().items()}
 
     def load(path: str, compute: str):
-        return load_diffusion_model(path, compute=compute, host_formats=BY_COMPUTE)
+        return load_diffusion_model(path, compute=compute, host_formats=FOLLOW_COMPUTE)
 
     @contextlib.contextmanager
     def small(monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +162,7 @@ def text_encoder(name: str) -> Published:
 
     def load(path: str, compute: str):
         return load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
-                                 host_formats=BY_COMPUTE, compute=compute)
+                                 host_formats=FOLLOW_COMPUTE, compute=compute)
 
     def parameters(clip):
         found = weights_in(text_model(clip).transformer)
@@ -324,7 +324,7 @@ def checkpoint(family_name: str, vae_name: str = "") -> Published:
             yield
 
     def load(path: str, compute: str):
-        return load_checkpoint(path, compute=compute, host_formats=BY_COMPUTE)
+        return load_checkpoint(path, compute=compute, host_formats=FOLLOW_COMPUTE)
 
     def weights() -> Weights:
         return {PREFIX + key: value for key, value in family_weights(family_name).items()}

@@ -49,7 +49,7 @@ def model_target(folder: Path, samples: Iterable[bytes], file: str,
     """
     import torch
 
-    from featherweight.loaders.comfyui.quantized_weights import as_tensors, with_marks
+    from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, with_marks
     from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.models.loader_choice import needs_own_reader

@@ -36,7 +36,7 @@ def packed_cache(folder: Path) -> Target:
 
     from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.files.packed_cache import read as read_cache
-    from featherweight.loaders.models.packed_entry import read_entry, write_entry
+    from featherweight.loaders.models.cache_entry import read_entry, write_entry
     from featherweight.ops.packing.pack_types import TYPES
 
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -23,8 +23,8 @@ from comfy.quant_ops import QUANT_ALGOS
 from safetensors.torch import save_file
 
 from devtools.files.tiny_models import flux_shapes
-from featherweight.loaders.comfyui.quantized_weights import in_parts
-from featherweight.loaders.quantizers.comfyui import layer_parts
+from featherweight.loaders.comfyui.comfy_quant_weights import in_parts
+from featherweight.loaders.quantizers.comfy_quant import layer_parts
 from featherweight.ops.layers import product
 from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed

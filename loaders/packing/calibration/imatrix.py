@@ -35,7 +35,7 @@ import torch
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
 from ...byte_sizes import size_text
 from ...container.weight_file import MappedFile, map_file, safe_repr
-from ...files.gguf_header import MAGIC, Header
+from ...files.gguf_header import MAGIC, GGUFHeader
 from ...name_lists import join_some
 from ..layer_losses import IMATRIX
 from .sensitivity import Sensitivity, SensitivityError
@@ -196,7 +196,7 @@ def _read_gguf(path: Path, buffer: MappedFile) -> dict[str, torch.Tensor]:
     if max(counts) > 3 * MAX_ENTRIES:
         raise _error(path, f"it announces {counts[0]} tensors and {counts[1]} entries of metadata,"
                            f" more than {3 * MAX_ENTRIES}")
-    header = Header(path)
+    header = GGUFHeader(path)
     general_type = header.metadata.get("general.type", "model")
     if general_type != "imatrix":
         raise _error(path, f"its general.type is {safe_repr(general_type)}, not 'imatrix'")

@@ -14,8 +14,8 @@ from ....ops.packing.method_choice import output_errors
 from ....ops.packing.pack_types import ROW_TYPES, TYPES
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
-from ...comfyui.foreign_weights import reject_foreign_weights
 from ...progress import Progress
+from ...refusals.foreign_weights import reject_foreign_weights
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled

@@ -9,9 +9,9 @@ from comfy.patcher_extension import WrappersMP
 
 from ....ops.log import PREFIX
 from ....ops.quantize.second_moments import HELD_OUT, STEP
-from ...comfyui.foreign_weights import COMPILED, reject_foreign_weights
 from ...container.weight_file import first_line
 from ...progress import Progress
+from ...refusals.foreign_weights import COMPILED, reject_foreign_weights
 from .measure import measurement_of
 from .moment_collector import Collector, linear_layers, moment_bytes
 from .sensitivity import FAST, Sensitivity

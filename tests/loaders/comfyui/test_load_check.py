@@ -29,7 +29,7 @@ from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
-from featherweight.loaders.read_anyway import VARIABLE
+from featherweight.loaders.refusals.read_anyway import VARIABLE
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import is_packed
 

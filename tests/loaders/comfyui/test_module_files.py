@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC
+from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -76,7 +76,7 @@ def files(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("host_formats", [AUTOMATIC, AS_COMFYUI])
+@pytest.mark.parametrize("host_formats", [AUTOMATIC, COMFYUI])
 @pytest.mark.parametrize(("write_base", "write_module"), [
     (write_gguf_file, write_gguf_file), (write_gguf_file, write_scaled_fp8),
     (write_scaled_fp8, write_gguf_file), (write_fp8, write_nf4), (write_16_bits, write_fp8)])

@@ -28,8 +28,8 @@ from patched_models import (
 
 from featherweight.loaders.comfyui import model_summary
 from featherweight.loaders.comfyui.compute import (
-    AS_COMFYUI,
     AUTOMATIC,
+    COMFYUI,
     EXACT,
     host_multiplies,
     packed_formats,
@@ -46,7 +46,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -119,7 +119,7 @@ def packed_weights(patcher) -> dict:
 def test_the_user_leaves_them_to_comfyui(format_name, folder, monkeypatch):
     path, values = written(format_name, folder)
     host = comfy.sd.load_diffusion_model(path)
-    ours = load_diffusion_model(path, host_formats=AS_COMFYUI)
+    ours = load_diffusion_model(path, host_formats=COMFYUI)
     assert not packed_weights(ours) and torch.equal(run(ours), run(host))
     assert dequantize_backend_text(ours) is None
     exact = load_diffusion_model(path, host_formats=EXACT)
@@ -135,7 +135,7 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("format_name", ["float8_e4m3fn", "int8_tensorwise"])
-@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("ours", [EXACT, COMFYUI])
 def test_models_in_them_merge_twice_whoever_computes_them(ours, format_name, tmp_path):
     values = [write_host_format(format_name, tmp_path / f"{seed}.safetensors", tiny_flux(seed))
               for seed in (0, 1)]
@@ -150,7 +150,7 @@ def test_models_in_them_merge_twice_whoever_computes_them(ours, format_name, tmp
     assert relative(run(merged), run(dense)) < (1e-5 if ours == EXACT else 0.05)
 
 
-@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("ours", [EXACT, COMFYUI])
 def test_a_scheduled_lora_works_or_is_a_sentence(ours, tmp_path):
     values = write_host_format("float8_e4m3fn", tmp_path / "a.safetensors", tiny_flux())
     model = load_diffusion_model(str(tmp_path / "a.safetensors"), host_formats=ours).clone()
@@ -167,7 +167,7 @@ def test_a_scheduled_lora_works_or_is_a_sentence(ours, tmp_path):
 
 
 @pytest.mark.parametrize("format_name", ["float8_e4m3fn", "nvfp4", "int8_tensorwise"])
-@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("ours", [EXACT, COMFYUI])
 def test_q_k_and_v_of_diffusers_keep_their_scales(ours, format_name, tmp_path):
     table = DIFFUSERS["flux-dev"]({"depth": 1, "depth_single_blocks": 1, "hidden_size": 256})
     weights = {name.replace("_norm.scale", "_norm.weight"): value
@@ -179,10 +179,10 @@ def test_q_k_and_v_of_diffusers_keep_their_scales(ours, format_name, tmp_path):
     dense = comfy.sd.load_diffusion_model_state_dict(in_the_hosts_names(values, weights, table))
     assert relative(run(model), run(dense)) < 1e-5
     assert [("diffusers' names" in note) for note in load_notes(model)] == [True] * (
-        ours == AS_COMFYUI)
+        ours == COMFYUI)
 
 
-@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("ours", [EXACT, COMFYUI])
 def test_scales_in_float64_are_read(ours, tmp_path):
     stored, marks, values = in_format(tiny_flux(), "", "int8_tensorwise")
     stored = {name: value.double() if name.endswith("_scale") else value
@@ -230,7 +230,7 @@ def test_a_recipe_loads_them_again_as_chosen(format_name, folder):
 
 
 def test_the_choice_is_the_users_and_automatic_follows_the_device(monkeypatch):
-    assert packed_formats(AS_COMFYUI, CPU) == frozenset()
+    assert packed_formats(COMFYUI, CPU) == frozenset()
     assert packed_formats(EXACT, torch.device("cuda:0")) == set(COMFYUI_FORMATS)
     for device in ("cpu", "mps", "xpu"):
         assert packed_formats(AUTOMATIC, torch.device(device)) == set(COMFYUI_FORMATS)

@@ -35,9 +35,9 @@ from patched_models import (
 )
 
 from devtools.files.gguf_files import gguf_writer, write_all
-from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -161,14 +161,14 @@ def test_a_model_draws_what_its_dense_values_draw_and_takes_loras(case, tmp_path
     assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
 
 
-@pytest.mark.parametrize("by", [AUTOMATIC, AS_COMFYUI])
+@pytest.mark.parametrize("by", [AUTOMATIC, COMFYUI])
 def test_who_computes_the_layers_is_a_choice_as_for_safetensors(by, tmp_path):
     path, _, dense, marked = marked_flux("Q8_CR", tmp_path / "model.gguf")
     ours = load_diffusion_model(path, host_formats=by)
     by_host = sum(map(is_comfy_quantized, ours.model.diffusion_model.parameters()))
-    assert by_host == (marked if by == AS_COMFYUI else 0)
+    assert by_host == (marked if by == COMFYUI else 0)
     # ComfyUI's product quantises the inputs of layers
-    assert relative(run(ours), run(dense)) < (0.03 if by == AS_COMFYUI else 1e-5)
+    assert relative(run(ours), run(dense)) < (0.03 if by == COMFYUI else 1e-5)
 
 
 @pytest.mark.usefixtures("small_models")

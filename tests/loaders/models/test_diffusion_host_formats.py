@@ -20,7 +20,7 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.loaders.comfyui.compute import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import COMFYUI
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
@@ -44,7 +44,7 @@ def mixed_models(format_name: str, folder) -> tuple:
     values, for_host = write_mixed(path, tiny_flux(), format_name)
     dense = {name: value.clone() for name, value in values.items()}
     host, dense = map(comfy.sd.load_diffusion_model_state_dict, (for_host, dense))
-    return load_diffusion_model(path, host_formats=AS_COMFYUI), host, dense, values
+    return load_diffusion_model(path, host_formats=COMFYUI), host, dense, values
 
 
 def codes(patcher) -> dict[str, torch.Tensor]:

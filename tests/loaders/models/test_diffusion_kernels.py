@@ -14,7 +14,7 @@ from patched_models import LIMIT, adapter, error_by_effect, kohya, patched
 from safetensors.torch import save_file
 from saving import save
 
-from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC, EXACT
+from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI, EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.checkpoint import load_checkpoint
@@ -42,14 +42,14 @@ def sdxl(request, tmp_path):
     return path, values
 
 
-@pytest.mark.parametrize("by", [EXACT, AUTOMATIC, AS_COMFYUI])
+@pytest.mark.parametrize("by", [EXACT, AUTOMATIC, COMFYUI])
 def test_a_model_draws_what_its_dense_values_draw(by, sdxl):
     path, values = sdxl
     ours, dense = load_diffusion_model(path, host_formats=by), host_patcher(values, SDXL)
     kernels = sum(value.ndim == 4 for value in values.values())
     assert packed_kernels(ours.model) == kernels > 5
     # ComfyUI's product of its linear layers quantises their inputs
-    assert relative_error(run(ours, SDXL), run(dense, SDXL)) < (0.05 if by == AS_COMFYUI else 1e-5)
+    assert relative_error(run(ours, SDXL), run(dense, SDXL)) < (0.05 if by == COMFYUI else 1e-5)
 
 
 @pytest.mark.parametrize(("kind", "sdxl"), [

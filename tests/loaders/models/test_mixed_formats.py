@@ -9,7 +9,7 @@ from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, 
 from published_files import save
 from published_forms import Encoded, int8_convrot, joined, marked, plain
 
-from featherweight.loaders.comfyui.compute import AUTOMATIC, BY_COMPUTE, EXACT, FAST
+from featherweight.loaders.comfyui.compute import AUTOMATIC, EXACT, FAST, FOLLOW_COMPUTE
 from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.models.diffusion import load_diffusion_model
 
@@ -37,7 +37,7 @@ def test_each_layer_is_computed_by_its_own_format(seed, tmp_path):
     lora = (lora_for(values, draw.choice(["lora", "dora", "loha", "lokr"])), 0.8)
     without, expected = run(dense), run(patched(dense, lora))
     for compute in (EXACT, AUTOMATIC, FAST):
-        model = load_diffusion_model(path, compute=compute, host_formats=BY_COMPUTE)
+        model = load_diffusion_model(path, compute=compute, host_formats=FOLLOW_COMPUTE)
         assert not load_notes(model)
         assert relative(run(model), without) < (1e-4 if compute != FAST else 0.1), compute
         assert error_by_effect(run(patched(model, lora)), expected, without) < LIMIT, compute

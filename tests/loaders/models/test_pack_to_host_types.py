@@ -26,7 +26,7 @@ from stored_files import FILES, diffusion_model, written
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
 from featherweight.loaders.comfyui import compute
-from featherweight.loaders.comfyui.compute import AS_COMFYUI, AUTOMATIC, EXACT
+from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI, EXACT
 from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
@@ -40,7 +40,7 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
-from featherweight.loaders.quantizers.comfyui import row_type_of
+from featherweight.loaders.quantizers.comfy_quant import row_type_of
 from featherweight.ops.packing import pack_types
 from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
@@ -105,8 +105,8 @@ def test_the_model_is_close_to_the_one_it_comes_from(type_name, tmp_path):
 def test_comfyui_computes_it_as_the_file_that_is_saved_of_it(type_name, gguf):
     """Where its kernels run: here because it is asked to."""
     save(source_of_file(gguf), gguf.with_name("saved.safetensors"), type_name)
-    saved = load_diffusion_model(str(gguf.with_name("saved.safetensors")), host_formats=AS_COMFYUI)
-    loaded = load_diffusion_model(str(gguf), pack_to=type_name, host_formats=AS_COMFYUI)
+    saved = load_diffusion_model(str(gguf.with_name("saved.safetensors")), host_formats=COMFYUI)
+    loaded = load_diffusion_model(str(gguf), pack_to=type_name, host_formats=COMFYUI)
     layer = loaded.model.diffusion_model.double_blocks[0].img_mlp[0]
     assert "MixedPrecisionOps" in str(type(layer).__mro__) and not is_packed(layer.weight)
     assert relative(run(loaded), run(saved)) < 1e-5
@@ -168,7 +168,7 @@ def test_comfyui_alone_opens_what_is_kept_and_computes_the_same(gguf, tmp_path, 
     for type_name in HOST_TYPES:
         before = set(folder.iterdir())
         loaded[type_name] = load_diffusion_model(str(gguf), pack_to=type_name,
-                                                 host_formats=AS_COMFYUI)
+                                                 host_formats=COMFYUI)
         [files[type_name]] = set(folder.iterdir()) - before
     torch.save(flux_inputs(), tmp_path / "inputs")
     script = Path(__file__).parents[2] / "support/host_alone.py"
@@ -193,7 +193,7 @@ def as_comfyui(monkeypatch):
     automatic = compute.packed_formats
 
     def packed_formats(host_formats, device):
-        return automatic(AS_COMFYUI if host_formats == AUTOMATIC else host_formats, device)
+        return automatic(COMFYUI if host_formats == AUTOMATIC else host_formats, device)
 
     return lambda: monkeypatch.setattr(side_models, "packed_formats", packed_formats)
 
@@ -266,7 +266,7 @@ def test_a_text_encoder_has_the_hosts_layers_where_it_is_asked_for(name, type_na
         own, of_the_host = (
             load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
                               pack_to=type_name, host_formats=formats)
-            for formats in (EXACT, AS_COMFYUI))
+            for formats in (EXACT, COMFYUI))
         packed = sum(is_packed(weight.data) and row_type_of(weight.data) == type_name
                      for weight in own.patcher.model.parameters())
         theirs = layers_of_the_host(of_the_host.patcher.model)
@@ -284,7 +284,7 @@ def test_a_lora_has_its_full_effect_on_a_text_encoder(type_name, tmp_path):
                   path)
         clips = [load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
                                    pack_to=type_name, host_formats=formats)
-                 for formats in (EXACT, AS_COMFYUI)]
+                 for formats in (EXACT, COMFYUI)]
         key = next(key for key, weight in clips[0].patcher.model.named_parameters()
                    if is_packed(weight.data) and row_type_of(weight.data) == type_name)
         weight = comfy.utils.get_attr(clips[0].patcher.model, key)

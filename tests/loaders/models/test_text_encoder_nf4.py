@@ -13,7 +13,7 @@ from families import relative_error
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import COMFYUI
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -192,7 +192,7 @@ def test_a_table_of_tokens_in_a_format_of_the_host_is_saved_as_it_was(values, tm
     path, _ = OTHERS["fp8 scaled with its tokens"](tmp_path / "t5", values[1])
     clip = load_text_encoder([str(PACKED["NF4"](tmp_path / "clip", values[0])[0]),
                               str(path)], "flux", model_options=options(),
-                             host_formats=AS_COMFYUI)
+                             host_formats=COMFYUI)
     saved, stored = clip.patcher.model_state_dict_for_saving(), load_file(path)
     for part in ("weight", "weight_scale", "comfy_quant"):
         found, expected = saved[f"t5xxl.transformer.shared.{part}"], stored[f"shared.{part}"]

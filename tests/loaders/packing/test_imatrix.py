@@ -12,7 +12,7 @@ from imatrices import entry, write_dat
 from patched_models import dense_flux, packed_flux, relative
 from saving import save
 
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.calibration import imatrix as reading

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from saving import save
 
 from featherweight.loaders.byte_sizes import size_text
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.files import safetensors_writer
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.open_weights import open_weights

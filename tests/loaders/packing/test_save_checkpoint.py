@@ -35,7 +35,7 @@ from featherweight.loaders.packing.planning.file_plan import (
 )
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
-from featherweight.loaders.quantizers.comfyui_marks import MARK
+from featherweight.loaders.quantizers.comfy_quant_marks import MARK
 
 pytestmark = pytest.mark.usefixtures("small_models")
 MODEL = "model.diffusion_model."

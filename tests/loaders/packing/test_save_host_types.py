@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from saving import SIBLINGS, save, with_markers
 from stored_files import FILES, diffusion_model, written
 
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.compute import EXACT
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
 from featherweight.loaders.files.open_weights import open_weights
@@ -60,7 +60,7 @@ from featherweight.loaders.packing.source import (
     source_of_model,
 )
 from featherweight.loaders.packing_rules import GENERAL_RULES
-from featherweight.loaders.quantizers.comfyui import layer_parts
+from featherweight.loaders.quantizers.comfy_quant import layer_parts
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed

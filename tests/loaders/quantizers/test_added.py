@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ...ops.formats.comfyui import in_groups
+from ...ops.formats.comfy_quant import in_groups
 from ...ops.formats.row_layout import Codes, Numbers, RowFamily
 from ...ops.tensor.packed_layout import packed_tensor
 from .base import Quantizer, layers_with
@@ -90,7 +90,7 @@ import sys, comfyui_and_pack
 sys.modules["featherweight"].__path__ = [sys.argv[1]]
 import torch
 from host_formats import mark_of, saved
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.compute import AUTOMATIC, packed_formats
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
@@ -160,5 +160,5 @@ def test_a_quantiser_and_a_layout_are_one_file_and_its_line_in_the_registry(tmp_
 
 def test_a_format_of_comfyuis_is_one_record(tmp_path):
     pack = pack_in(tmp_path)
-    insert(pack / "loaders/quantizers/comfyui_formats.py", r"\)\}\n# all names", RECORD)
+    insert(pack / "loaders/quantizers/comfy_quant_formats.py", r"\)\}\n# all names", RECORD)
     assert_added(FORMAT_CHILD, pack)

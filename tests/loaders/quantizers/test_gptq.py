@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.base import Header
+from featherweight.loaders.quantizers.base import TensorHeader
 from featherweight.loaders.quantizers.gptq import QUANTIZER
 
 
 @pytest.mark.parametrize("sides", [("scales", "scaled_zeros"), ("wscales", "smooth_factor")])
 def test_nunchakus_words_are_left_to_its_reader(sides):
     def header_of(name):
-        return Header(torch.int32, (16, 64))
+        return TensorHeader(torch.int32, (16, 64))
 
     assert not QUANTIZER.finds([f"L.{name}" for name in ("qweight", *sides)], {}, header_of)
     assert QUANTIZER.finds(["L.qweight", "L.scales"], {}, header_of)
-    assert not QUANTIZER.finds(["L.qweight"], {}, lambda name: Header(torch.int8, (16, 64)))
+    assert not QUANTIZER.finds(["L.qweight"], {}, lambda name: TensorHeader(torch.int8, (16, 64)))
 
 
 @pytest.mark.parametrize(("absent", "others"), [

@@ -10,7 +10,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from host_formats import awq_weight
 from oracles import installed
 
-from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts
+from featherweight.loaders.quantizers.comfy_quant import layer_parts, pack_parts
 from featherweight.ops.packing.pack_types import ROW_TYPES
 
 pytestmark = pytest.mark.heavy

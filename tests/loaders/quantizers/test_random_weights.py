@@ -9,7 +9,7 @@ from quantizer_writers import pack_quantized
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.loaders.quantizers.comfy_quant import pack_parts
 from featherweight.ops.tensor.packed_layout import is_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

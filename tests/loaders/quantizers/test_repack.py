@@ -7,7 +7,7 @@ from quantizer_writers import awq
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.quantizers import comfyui_formats, gptq, nunchaku_tiles, repack
+from featherweight.loaders.quantizers import comfy_quant_formats, gptq, nunchaku_tiles, repack
 from featherweight.ops.formats.base import Format
 from featherweight.ops.formats.svdquant import INPUT_SHIFT, SVDQUANT_INT4
 from featherweight.ops.tensor import packed_layout
@@ -103,8 +103,8 @@ def test_the_bias_of_a_shift_is_summed_in_slices(monkeypatch):
         return dequantize_into(packed_format, tensors, out, *args, **kwargs)
 
     monkeypatch.setattr(Format, "dequantize_into", record)
-    assert torch.equal(comfyui_formats.bias_of_shift(main), expected)
-    assert sum(sizes) == rows * columns and max(sizes) <= comfyui_formats.SLICE_VALUES
+    assert torch.equal(comfy_quant_formats.bias_of_shift(main), expected)
+    assert sum(sizes) == rows * columns and max(sizes) <= comfy_quant_formats.SLICE_VALUES
 
 
 def test_factors_without_scales_are_not_copied_in_float32():

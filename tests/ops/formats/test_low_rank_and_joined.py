@@ -12,7 +12,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.base import FORMATS, Format, FormatError
 from featherweight.ops.formats.column_groups import ColumnGroups, TapsFirst
-from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, SMOOTHED
+from featherweight.ops.formats.comfy_quant import INT8_GROUPS, INT8_ROWS, SMOOTHED
 from featherweight.ops.formats.low_rank_and_joined import Composite
 from featherweight.ops.formats.svdquant import SVDQUANT_INT4
 from featherweight.ops.kernels.validation import random_tensors

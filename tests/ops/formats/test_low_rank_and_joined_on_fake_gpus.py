@@ -17,7 +17,7 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.ops.formats.comfyui import INT8_ROWS
+from featherweight.ops.formats.comfy_quant import INT8_ROWS
 from featherweight.ops.formats.low_rank_and_joined import Composite
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.patcher import adopt

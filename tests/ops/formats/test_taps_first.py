@@ -7,7 +7,7 @@ import torch
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.comfyui import INT8_CONVROT, INT8_ROWS
+from featherweight.ops.formats.comfy_quant import INT8_CONVROT, INT8_ROWS
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import packed_rows, packed_tensors, with_taps_first
 

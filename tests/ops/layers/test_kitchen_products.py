@@ -10,7 +10,7 @@ from comfy_kitchen.registry import BackendRegistry, registry
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from lora_gain import Gain
 
-from featherweight.loaders.quantizers.comfyui import pack_parts, shifted_bias
+from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.validation import random_tensors

@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from featherweight.ops.formats.comfyui import E2M1
+from featherweight.ops.formats.comfy_quant import E2M1
 
 from .base import Written, damaged, each, weight
 

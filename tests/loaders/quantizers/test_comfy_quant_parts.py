@@ -8,7 +8,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import mark_of
 
-from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts, row_type_of
+from featherweight.loaders.quantizers.comfy_quant import layer_parts, pack_parts, row_type_of
 from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.row_slicing import take_rows

@@ -11,7 +11,7 @@ from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_for
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.compute import AS_COMFYUI, EXACT
+from featherweight.loaders.comfyui.compute import COMFYUI, EXACT
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import loader_choice
 from featherweight.loaders.models.checkpoint import load_checkpoint
@@ -77,7 +77,7 @@ def test_a_format_that_no_host_reads_is_named_by_every_loader(loader, tmp_path):
 def test_a_format_of_a_newer_host_says_what_reads_it(tmp_path):
     path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280),
                       {"format": ASYMMETRIC})
-    message = error_of(lambda path: load_diffusion_model(path, host_formats=AS_COMFYUI), path)
+    message = error_of(lambda path: load_diffusion_model(path, host_formats=COMFYUI), path)
     needed = "ComfyUI 0.33 or `compute` at automatic or exact"
     assert f"('{ASYMMETRIC}', which needs {needed})" in message
     load_diffusion_model(path)
@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_mapped_is_a_sentence(maps, tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("host_formats", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("host_formats", [EXACT, COMFYUI])
 @pytest.mark.parametrize("shape", [(), (64,), (64, 0), (0, 64)])
 def test_codes_that_are_no_matrix_are_a_sentence(shape, host_formats, tmp_path):
     format_name = random.choice(["int8_tensorwise", "nvfp4", "float8_e4m3fn"])

@@ -9,9 +9,9 @@ A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 | `scaled_fp8` | `scaled_fp8` (marker), `L.weight` (fp8), `L.scale_weight`, |
 | | optional `L.scale_input` |
 
-`quantizers.comfyui` makes packed tensors of those that it knows. The host's own code reads others:
-the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
-that neither reads is reported before the host fails on it.
+`quantizers.comfy_quant` makes packed tensors of those that it knows. The host's own code reads
+others: the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a
+format that neither reads is reported before the host fails on it.
 """
 import contextlib
 import functools
@@ -38,15 +38,15 @@ from ..container.weight_file import (
 from ..files.scale_map import add_scales
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
-from ..quantizers.comfyui import (
+from ..quantizers.comfy_quant import (
     is_kernel,
     layer_parts,
     pack_parts,
     row_type_of,
     shifted_bias,
 )
-from ..quantizers.comfyui_banks import is_bank, pack_bank
-from ..quantizers.comfyui_formats import (
+from ..quantizers.comfy_quant_banks import is_bank, pack_bank
+from ..quantizers.comfy_quant_formats import (
     COMFYUI_FORMATS,
     FP8,
     GROUP_SCALE,
@@ -59,7 +59,7 @@ from ..quantizers.comfyui_formats import (
     known_format,
     setting,
 )
-from ..quantizers.comfyui_marks import (
+from ..quantizers.comfy_quant_marks import (
     BOOLEAN_TEXT,
     MARK,
     OLD_MARKER,
@@ -72,7 +72,7 @@ from ..quantizers.comfyui_marks import (
     old_markers,
     read_mark,
 )
-from ..quantizers.comfyui_settings import check_settings, unknown_settings
+from ..quantizers.comfy_quant_settings import check_settings, unknown_settings
 from ..quantizers.integers import pack_rows
 from ..quantizers.parts import GET_OTHER_CONVERSION, PartError
 

@@ -10,11 +10,11 @@ from host_formats import mark_of, saved
 from kernel_writer import SCALES, write_kernel
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.comfyui import pack_parts, row_type_of
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfy_quant import pack_parts, row_type_of
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed

@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..container.weight_file import safe_repr
-from ..read_anyway import READ_ANYWAY, reads_anyway
-from .comfyui_formats import NESTED, OFF, Settings, known_format
+from ..refusals.read_anyway import READ_ANYWAY, reads_anyway
+from .comfy_quant_formats import NESTED, OFF, Settings, known_format
 from .parts import PartError
 
 # settings that say nothing about values -> who writes them, and what they say

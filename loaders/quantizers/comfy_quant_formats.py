@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...ops.formats.comfyui import (
+from ...ops.formats.comfy_quant import (
     AWQ_GROUP,
     F8_E4M3,
     F8_E5M2,

@@ -21,8 +21,8 @@ from patched_models import relative
 from small_encoders import t5_file
 
 from featherweight.loaders.comfyui.compute import (
-    AS_COMFYUI,
     AUTOMATIC,
+    COMFYUI,
     EXACT,
     packed_formats,
 )
@@ -33,9 +33,9 @@ from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models import diffusion
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
-from featherweight.loaders.quantizers.comfyui_settings import unknown_settings
-from featherweight.loaders.read_anyway import VARIABLE
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfy_quant_settings import unknown_settings
+from featherweight.loaders.refusals.read_anyway import VARIABLE
 from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -56,7 +56,7 @@ def load(monkeypatch):
     def load_in(mode: str, path: str):
         if mode == "packed":
             return load_diffusion_model(path, pack_to="Q8_0")
-        choice = {"exact": EXACT, "as ComfyUI": AS_COMFYUI}.get(mode, AUTOMATIC)
+        choice = {"exact": EXACT, "as ComfyUI": COMFYUI}.get(mode, AUTOMATIC)
         if choice == AUTOMATIC:
             capability = random.choice(CAPABILITIES)
             monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -95,7 +95,7 @@ def test_rotation_is_undone_in_every_format(format_name, mode, load, tmp_path):
 @pytest.mark.parametrize("format_name", PLAIN)
 def test_a_text_encoder_is_read_as_a_model_is(format_name, group, tmp_path):
     rng = random.Random(f"{format_name} {group}")
-    choice = rng.choice([EXACT, AUTOMATIC, AS_COMFYUI])
+    choice = rng.choice([EXACT, AUTOMATIC, COMFYUI])
     _, weights, sizes = t5_file("Q8_0", 1, 256)
     stored, settings, values = in_format(weights, ".DenseReluDense.", format_name, group)
     stored |= {name: torch.zeros(shape) for name, shape in ENCODERS["t5-xxl"].markers.items()}

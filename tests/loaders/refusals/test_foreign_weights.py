@@ -3,11 +3,11 @@ import pytest
 import torch
 from patched_models import dense_flux, packed_flux
 
-from featherweight.loaders.comfyui.foreign_weights import foreign_class
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.source import check_saveable
+from featherweight.loaders.refusals.foreign_weights import foreign_class
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import comfy.sd
 
 from ..container.weight_file import WeightFile, WeightFileError
-from ..quantizers.nunchaku import has_nunchaku_weights
 
 # Names of tensors that no diffusion model has, what such a file is, and where to load it.
 NOT_DIFFUSION = (
@@ -92,9 +91,9 @@ def first_match(names: Iterable[str],
 
 def reject_non_diffusion(file: WeightFile):
     """Raises WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
-    names = list(file.entries)
-    if has_nunchaku_weights(names):  # its first files call the low rank of a weight a LoRA
-        names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
+    # Nunchaku's first files call the low rank beside a quantised weight a LoRA
+    names = [name for name in file.entries if ".lora_" not in name
+             or f"{name.rpartition('.')[0]}.qweight" not in file.entries]
     if match := first_match(names, NOT_DIFFUSION):
         raise _not_diffusion(file, *match)
 

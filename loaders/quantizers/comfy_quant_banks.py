@@ -14,8 +14,8 @@ import torch
 
 from ...ops.tensor.packed_tensor import PackedTensor, relabel
 from ..container.weight_file import describe, safe_repr
-from .comfyui import has_rows_of_experts, pack_parts
-from .comfyui_formats import (
+from .comfy_quant import has_rows_of_experts, pack_parts
+from .comfy_quant_formats import (
     CODEBOOK,
     GROUP_SCALE,
     IGNORED,

@@ -26,7 +26,7 @@ import torch
 from ...ops.bounded_json import read_json
 from ...ops.packing.pack_types import TYPES, pack_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
-from ..comfyui.quantized_weights import as_tensors, read_marked
+from ..comfyui.comfy_quant_weights import as_tensors, read_marked
 from ..container.weight_file import PLAIN_DTYPES, WeightFile, safe_repr
 from ..files.open_weights import open_weights
 from ..files.packed_cache import PackedTypes
@@ -48,7 +48,7 @@ HEADER, HEADER_OF_WEIGHT = 1 << 16, 1 << 11
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """What was read of an entry.
 
     Attributes:
@@ -88,7 +88,7 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
         file: that the weights come from, for the metadata that ComfyUI reads. Only who may read it
             may read the entry.
         tensors: of `entry_weights`.
-        loss: see `Entry`.
+        loss: see `CacheEntry`.
 
     Raises:
         ValueError: with a sentence on why it cannot be written.
@@ -107,7 +107,7 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
     save(plan_file(Source(weights, metadata=metadata), path, KEEP_TYPES, options))
 
 
-def read_entry(path: Path, wanted: PackedTypes) -> Entry:
+def read_entry(path: Path, wanted: PackedTypes) -> CacheEntry:
     """Reads weights of an entry, mapped, and compares their digests.
 
     Args:
@@ -131,7 +131,7 @@ def read_entry(path: Path, wanted: PackedTypes) -> Entry:
         if digest != note["digests"][name]:
             raise ValueError(f"the bytes of {safe_repr(name)} have changed on the drive")
     file.drop_pages()
-    return Entry(weights, note["loss"])
+    return CacheEntry(weights, note["loss"])
 
 
 def _checked(name: str, tensor: torch.Tensor, type_name: str,

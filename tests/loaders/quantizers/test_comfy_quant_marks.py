@@ -11,7 +11,7 @@ from host_formats import HOST_FORMATS
 from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, write
 from patched_models import tiny_flux
 
-from featherweight.loaders.comfyui.compute import AS_COMFYUI
+from featherweight.loaders.comfyui.compute import COMFYUI
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 FORMATS = [name for name in ("float8_e4m3fn", "int8_tensorwise", "nvfp4") if name in HOST_FORMATS]
 LOADS: dict[str, tuple[Callable, float]] = {  # and the error that packing adds
     "exact": (load_diffusion_model, 1e-6),
-    "by ComfyUI": (lambda path: load_diffusion_model(path, host_formats=AS_COMFYUI), 1e-6),
+    "by ComfyUI": (lambda path: load_diffusion_model(path, host_formats=COMFYUI), 1e-6),
     "packed": (lambda path: load_diffusion_model(path, pack_to="Q8_0"), 0.02),
 }
 loads = pytest.mark.parametrize("load", LOADS)

@@ -6,10 +6,10 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from host_formats import asymmetric_parts, asymmetric_values, awq_weight, mark_of
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.quantized_weights import as_tensors
+from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.quantizers.comfyui import pack_parts, shifted_bias
-from featherweight.loaders.quantizers.comfyui_formats import COMFYUI_FORMATS
+from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
+from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.loaders.quantizers.parts import PartError
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers import product

@@ -1,8 +1,8 @@
 """ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
 A layer that `pack_parts` reads, or `layer_parts` makes, has the parts of its format, a record of
-`comfyui_formats`, `comfy_quant`, settings in JSON, and may have `pre_quant_scale` (K,), factors of
-its input.
+`comfy_quant_formats`, `comfy_quant`, settings in JSON, and may have `pre_quant_scale` (K,), factors
+of its input.
 """
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import SMOOTHED
+from ...ops.formats.comfy_quant import SMOOTHED
 from ...ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
-from .comfyui_formats import (
+from .comfy_quant_formats import (
     ALWAYS_1,
     COMFYUI_FORMATS,
     FORMAT,
@@ -29,7 +29,7 @@ from .comfyui_formats import (
     is_rotated,
     known_format,
 )
-from .comfyui_marks import marked_layers
+from .comfy_quant_marks import marked_layers
 from .parts import GET_OTHER_CONVERSION, PartError, bind_sizes
 
 LEAST_OF_EXPERTS = 32  # bytes of a row of experts; the kernel of a convolution has fewer

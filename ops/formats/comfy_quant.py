@@ -3,8 +3,8 @@
 Sources: comfy-kitchen 0.2.26 `tensor/*.py` and `backends/eager/*.py`, for asym_w4a8_int8 0.2.40
 `backends/eager/w4a8_int8.py`; for MXFP8
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf; for rotated
-integers ConvRot, https://arxiv.org/abs/2512.03673. `loaders/quantizers/comfyui_formats.py` brings
-scales into the order of the values.
+integers ConvRot, https://arxiv.org/abs/2512.03673. `loaders/quantizers/comfy_quant_formats.py`
+brings scales into the order of the values.
 """
 import dataclasses
 from functools import partial
