@@ -33,7 +33,7 @@ from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.packing.planning import file_plan
-from featherweight.loaders.packing.planning.fit import (
+from featherweight.loaders.packing.planning.for_device import (
     ENCODER_SHARE,
     GIB,
     HOST_RESERVE_BYTES,

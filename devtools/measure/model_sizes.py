@@ -25,7 +25,7 @@ import torch
 
 from devtools import markdown_table
 from featherweight.loaders.families import rules_for
-from featherweight.loaders.packing.planning.fit import (
+from featherweight.loaders.packing.planning.for_device import (
     GIB,
     HOST_RESERVE_BYTES,
     Memory,

@@ -15,7 +15,7 @@ from ..encoders.encoder_sets import TITLES, encoder_family
 from ..lora.family_match import match_family
 from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.tensor_names import PAIRS, layer_names
-from ..packing.planning.fit import Weights
+from ..packing.planning.for_device import Weights
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
 from ..refusals.wrong_kind import (

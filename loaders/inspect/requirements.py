@@ -8,7 +8,7 @@ from ..byte_sizes import size_text
 from ..devices import CPU
 from ..encoders.encoder_sets import set_text
 from ..families import model_of
-from ..packing.planning.fit import (
+from ..packing.planning.for_device import (
     Choice,
     Memory,
     Sizes,

@@ -23,7 +23,7 @@ from ..devices import total_memory
 from ..name_lists import join_some
 from ..packing.calibration.measure import usual_steps
 from ..packing.layer_losses import measuring_advice
-from ..packing.planning.fit import (
+from ..packing.planning.for_device import (
     FAST_FORMAT,
     FAST_TYPE,
     FLOOR,

@@ -9,7 +9,7 @@ from devtools import ROOT
 from devtools.workflows import blueprint_paths, example_paths
 from devtools.workflows.workflow import Workflow
 from featherweight.loaders.models.fit_device import FIT
-from featherweight.loaders.packing.planning.fit import (
+from featherweight.loaders.packing.planning.for_device import (
     FAST_TYPE,
     Memory,
     Sizes,

@@ -26,7 +26,7 @@ import torch
 from families import FAMILIES, Family, host_model, shrunken_detection
 from safetensors.torch import save_file
 
-from featherweight.loaders.packing.planning import fit
+from featherweight.loaders.packing.planning import for_device
 from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace
 from featherweight.ops.packing import pack_types
@@ -74,12 +74,12 @@ class ScaledModel:
         with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
             return self._published.shapes()
 
-    def real_choice(self, gib: int) -> fit.Choice:
+    def real_choice(self, gib: int) -> for_device.Choice:
         """Returns what is chosen for the real model, in bfloat16, on a GPU of so many GiB."""
-        shapes, memory = self.real_shapes, fit.Memory(gib, main_gib=MAIN_GIB)
+        shapes, memory = self.real_shapes, for_device.Memory(gib, main_gib=MAIN_GIB)
         room_for = functools.partial(memory.for_model, self.step_bytes)
-        sizes = fit.Sizes([fit.Weights(shapes, HALF_BYTES * self._real_values, {})])
-        return fit.choose(sizes, room_for, True, memory.for_copying(None))
+        sizes = for_device.Sizes([for_device.Weights(shapes, HALF_BYTES * self._real_values, {})])
+        return for_device.choose(sizes, room_for, True, memory.for_copying(None))
 
     @property
     def _published(self) -> model_sizes.Model:
@@ -90,8 +90,8 @@ class ScaledModel:
         """Bytes of a step of the real model by the host's formula, without its minimum."""
         with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
             config = self._published.config()
-        with mock.patch.object(fit, "MIN_STEP_BYTES", 0):
-            return fit.step_memory(config)[0]
+        with mock.patch.object(for_device, "MIN_STEP_BYTES", 0):
+            return for_device.step_memory(config)[0]
 
     @functools.cached_property
     def usage_factor(self) -> float:
@@ -140,9 +140,9 @@ class ScaledModel:
         monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args: None)
         for name in ("GIB", "NEARLY", "STEP", "SYSTEM_BYTES", "MIN_STEP_BYTES",
                      "HOST_RESERVE_BYTES", "DEVICE_WORKSPACE_BYTES"):
-            monkeypatch.setattr(fit, name, round(getattr(fit, name) / scale))
+            monkeypatch.setattr(for_device, name, round(getattr(for_device, name) / scale))
         monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES",
-                            fit.workspace_bytes(self.shapes) // 4)
+                            for_device.workspace_bytes(self.shapes) // 4)
         reserved = comfy.model_management.extra_reserved_memory() / scale
         inference = comfy.model_management.minimum_inference_memory() / scale
         monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: reserved)

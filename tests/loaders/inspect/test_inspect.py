@@ -35,7 +35,7 @@ from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.inspect.requirements import CARDS, required_models
 from featherweight.loaders.lora.block_chart import BACKGROUND
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.planning.fit import GIB, step_memory
+from featherweight.loaders.packing.planning.for_device import GIB, step_memory
 from featherweight.ops.formats.base import GGML_FORMATS
 
 SIZES = {"hidden": 128, "double_blocks": 2, "single_blocks": 3}

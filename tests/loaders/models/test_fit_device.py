@@ -32,8 +32,8 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.calibration.measure import usual_steps
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.layer_losses import measuring_advice
-from featherweight.loaders.packing.planning import fit
-from featherweight.loaders.packing.planning.fit import (
+from featherweight.loaders.packing.planning import for_device
+from featherweight.loaders.packing.planning.for_device import (
     GIB,
     Choice,
     Memory,
@@ -76,7 +76,7 @@ def flux_in_bfloat16() -> str:
 def room(monkeypatch):
     """Function that gives every device this many bytes for weights."""
     def give(nbytes: float, **attributes):
-        monkeypatch.setattr(fit, "STEP", STEP)
+        monkeypatch.setattr(for_device, "STEP", STEP)
         monkeypatch.setattr(Memory, "for_model", lambda *_, **__: int(nbytes))
         monkeypatch.setattr(Memory, "for_encoder", lambda *_: int(nbytes))
         memory = Memory(12, **attributes)
@@ -99,7 +99,7 @@ def test_memory_counts_in_whole_gib_of_which_drivers_may_keep_a_quarter(total, g
 def test_what_the_owner_reserves_is_left_free(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: 8 * GIB)
     plain = Memory.of(torch.device("cuda:0"))
-    monkeypatch.setattr(fit.args, "reserve_vram", 2.0)
+    monkeypatch.setattr(for_device.args, "reserve_vram", 2.0)
     reserving = Memory.of(torch.device("cuda:0"))
     assert plain.for_model(GIB) - reserving.for_model(GIB) == pytest.approx(1.6 * GIB, abs=2)
 
@@ -130,7 +130,7 @@ def quality(name: str, is_measured: bool, target: str | int) -> float:
         units = {key: costs["Q4_K"] / relative_error("Q4_K")
                  for key, costs in weights.costs.items()}
     error = sum(unit * relative_error(types[key])
-                * (ROUNDED_INPUTS if types[key] == fit.FAST_TYPE else 1)
+                * (ROUNDED_INPUTS if types[key] == for_device.FAST_TYPE else 1)
                 for key, unit in units.items())
     return -10 * math.log10(error / sum(units.values()))
 
@@ -164,8 +164,8 @@ def test_more_memory_of_either_kind_never_has_worse_weights(name, is_measured, i
             assert bool(chosen.lack) == (found < floors[0] - 0.3)
             assert found > floors[0] - 0.3 or sizes.as_good_as["Q4_K"] > max(room, main)
             assert found > floors[1] - 0.3 or sizes.as_good_as["Q3_K"] > max(room, main)
-            assert int8 or chosen.target != fit.FAST_TYPE
-            if int8 and chosen.target and chosen.target != fit.FAST_TYPE:
+            assert int8 or chosen.target != for_device.FAST_TYPE
+            if int8 and chosen.target and chosen.target != for_device.FAST_TYPE:
                 assert sizes.fast > room
     for (gib, main_gib), found in decibels.items():
         for larger in ((card, ram) for card in CARDS for ram in RAM
@@ -210,13 +210,14 @@ def test_the_longer_step_follows_from_the_generation_and_the_usual_link(card, le
                                                                          monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     device = torch.device("cuda:0")
-    share = fit.longer_step(950_000_000, 11_900_000_000, 4096, device)
+    share = for_device.longer_step(950_000_000, 11_900_000_000, 4096, device)
     assert least < share < most
-    assert fit.longer_step(1_900_000_000, 11_900_000_000, 4096, device) == pytest.approx(2 * share)
-    monkeypatch.setattr(fit.args, "disable_pinned_memory", True)
-    assert fit.longer_step(950_000_000, 11_900_000_000, 4096, device) == pytest.approx(2 * share)
-    assert fit.longer_step(950_000_000, 11_900_000_000, 4096, torch.device("cpu")) is None
-    seconds = fit.step_seconds(11_900_000_000, 4096, device)
+    twice = pytest.approx(2 * share)
+    assert for_device.longer_step(1_900_000_000, 11_900_000_000, 4096, device) == twice
+    monkeypatch.setattr(for_device.args, "disable_pinned_memory", True)
+    assert for_device.longer_step(950_000_000, 11_900_000_000, 4096, device) == twice
+    assert for_device.longer_step(950_000_000, 11_900_000_000, 4096, torch.device("cpu")) is None
+    seconds = for_device.step_seconds(11_900_000_000, 4096, device)
     minutes = round((96 + 4 * 504) * seconds / 60)
     assert f"about {minutes} min (estimate)" in measuring_advice(
         0.01, usual_steps(504) * seconds)
@@ -224,7 +225,7 @@ def test_the_longer_step_follows_from_the_generation_and_the_usual_link(card, le
 
 
 def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(monkeypatch):
-    monkeypatch.setattr(fit, "STEP", STEP)
+    monkeypatch.setattr(for_device, "STEP", STEP)
     shapes = {f"double_blocks.{index}.img_mlp.0.weight": (1024, 256) for index in range(9)}
     packed = dict.fromkeys(shapes, 1024 * 144)
     nbytes = sum(packed.values())
@@ -232,7 +233,7 @@ def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(
     assert choose(sizes, lambda workspace: nbytes if workspace else 0, True) == Choice("", nbytes)
     packed = dict.fromkeys(shapes, 1024 * 400)
     nbytes = 9 * 1024 * 300
-    for stored, target in ((packed, nbytes // STEP * STEP), ({}, fit.FAST_TYPE)):
+    for stored, target in ((packed, nbytes // STEP * STEP), ({}, for_device.FAST_TYPE)):
         weights = [Weights(shapes, nbytes + 1, stored)]
         assert choose(Sizes(weights), lambda _: nbytes, True).target == target
 
@@ -312,9 +313,9 @@ def test_weights_below_the_floor_are_named_with_what_they_lack(room, monkeypatch
     assert re.search(r"as good as Q2_K, loss: large \(26 % .*\).* copied in each step.* Q4_K,"
                      r" which loses less, takes \S+ .B more than there is for it in main memory",
                      fit_text(model))
-    assert fit.smaller_model(32_000_000_000, False) == "Flux.2 Klein 9B"
-    assert fit.smaller_model(14_000_000_000, True) == "Wan 2.2 5B"
-    assert fit.smaller_model(1_000_000_000, True) == ""
+    assert for_device.smaller_model(32_000_000_000, False) == "Flux.2 Klein 9B"
+    assert for_device.smaller_model(14_000_000_000, True) == "Wan 2.2 5B"
+    assert for_device.smaller_model(1_000_000_000, True) == ""
 
 
 def test_memory_that_the_system_uses_too_is_not_exceeded(room):
@@ -401,7 +402,7 @@ def test_memory_that_is_shared_holds_both_experts_of_a_model():
     configs = {model.name: model.config() for model in REAL}
     wan, small = (configs[name] for name in ("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
                                              "Wan 2.1 1.3B"))
-    assert [fit.experts_of(config) for config in (wan, small, None)] == [2, 1, 1]
+    assert [for_device.experts_of(config) for config in (wan, small, None)] == [2, 1, 1]
     mac, card = Memory(64, True), Memory(24)
     assert mac.for_model(GIB, experts=2) == mac.for_model(GIB) // 2 == 16 * GIB
     assert card.for_model(GIB, experts=2) == card.for_model(GIB)  # one at a time
@@ -457,10 +458,10 @@ def test_a_packed_module_next_to_a_model_takes_no_room_from_its_packing():
     alone, both = Sizes([dense]), Sizes([dense, packed])
     for type_name in ("Q6_K", "Q4_K"):
         assert alone.as_good_as[type_name] < both.as_good_as[type_name] <= (
-            alone.as_good_as[type_name] + packed.nbytes + fit.STEP)
-    assert both.least <= alone.least + packed.nbytes + fit.STEP
+            alone.as_good_as[type_name] + packed.nbytes + for_device.STEP)
+    assert both.least <= alone.least + packed.nbytes + for_device.STEP
     for size in (both.least, both.as_good_as["Q4_K"], both.nbytes):
-        parts = fit.shares(size, both.files)
+        parts = for_device.shares(size, both.files)
         assert sum(parts) <= size and parts[1] <= packed.nbytes
         for part, file in zip(parts, both.files, strict=True):  # there is a plan for each
             plan_for_size(file.shapes, part, rules_for(file.shapes), packed=file.packed)
@@ -470,7 +471,7 @@ def test_what_is_lacked_is_of_the_larger_of_card_and_main_memory():
     shapes = {f"blocks.{block}.weight": (4096, 4096) for block in range(20)}
     sizes = Sizes([Weights(shapes, 2 * 20 * 4096 ** 2, {})])
     floor, last, least = sizes.as_good_as["Q4_K"], sizes.as_good_as["Q3_K"], sizes.least
-    room = floor - 2 * fit.STEP
-    assert choose(sizes, lambda _: room, main=fit.STEP).lack == 2 * fit.STEP
-    main = (last + least) // 2 // fit.STEP * fit.STEP
+    room = floor - 2 * for_device.STEP
+    assert choose(sizes, lambda _: room, main=for_device.STEP).lack == 2 * for_device.STEP
+    main = (last + least) // 2 // for_device.STEP * for_device.STEP
     assert choose(sizes, lambda _: 0, main=main).target == main > least

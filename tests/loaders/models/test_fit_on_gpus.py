@@ -34,7 +34,7 @@ from featherweight.loaders.comfyui.model_summary import PACK_STATS_KEY
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
-from featherweight.loaders.packing.planning import fit
+from featherweight.loaders.packing.planning import for_device
 from featherweight.loaders.packing.planning.plan import types_for
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for
@@ -101,7 +101,7 @@ class Card:
     @property
     def nbytes(self) -> int:
         """Bytes of the scaled GPU."""
-        return int(self.gib * fit.GIB)
+        return int(self.gib * for_device.GIB)
 
     @property
     def pages(self) -> int:
@@ -111,7 +111,7 @@ class Card:
     @property
     def lora_bytes(self) -> float:
         """Bytes for LoRAs and a ControlNet."""
-        return fit.LORA_SHARE * self.nbytes
+        return for_device.LORA_SHARE * self.nbytes
 
     @property
     def unscaled(self) -> int:
@@ -125,7 +125,7 @@ class Card:
     def fill(self):
         """Sets its size, and puts on it what CUDA takes of a real one."""
         torch.cuda.synchronize()
-        missing = int(fit.SYSTEM_BYTES) - self.counters.used()
+        missing = int(for_device.SYSTEM_BYTES) - self.counters.used()
         self.left = max(0, -missing)
         self.counters.set_capacity(self.nbytes + self.unscaled)
         self.system = torch.empty(max(0, missing), dtype=torch.uint8, device="cuda")
@@ -223,7 +223,7 @@ def sample(patcher, card: Card, control, uploads: list) -> list[list]:
     def step(apply, arguments):
         counts.append(list(uploads))
         batch = len(arguments["input"])
-        nbytes = max(fit.MIN_STEP_BYTES, batch * model.step_bytes / model.scale)
+        nbytes = max(for_device.MIN_STEP_BYTES, batch * model.step_bytes / model.scale)
         taken = torch.empty(int(nbytes), dtype=torch.uint8, device="cuda")
         result = apply(arguments["input"], arguments["timestep"], **arguments["c"])
         del taken
@@ -386,7 +386,7 @@ def test_a_dequantized_weight_takes_what_is_counted_for_it(gpus):
         before = gpus.used()
         gpus.reset()
         y = layer(x)
-        counted = fit.workspace_bytes({"weight": (rows, columns)})
+        counted = for_device.workspace_bytes({"weight": (rows, columns)})
         taken = gpus.peak() - before - y.nbytes
         assert counted <= taken <= counted + BY_TORCH, (name, rows, columns)
 

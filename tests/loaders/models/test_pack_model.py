@@ -40,8 +40,8 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, fit_text
 from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.placement import place
-from featherweight.loaders.packing.planning import fit
-from featherweight.loaders.packing.planning.fit import Memory
+from featherweight.loaders.packing.planning import for_device
+from featherweight.loaders.packing.planning.for_device import Memory
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLayer
@@ -426,9 +426,9 @@ def test_a_size_counts_what_is_in_layers_of_others(path):
 
 @pytest.mark.parametrize("is_multiplied", [True, False])
 def test_what_fits_a_device_counts_it_too(is_multiplied, path, monkeypatch):
-    monkeypatch.setattr(fit, "STEP", 1000)
+    monkeypatch.setattr(for_device, "STEP", 1000)
     monkeypatch.setattr(fit_device, "packed_formats",
-                        lambda *_: () if is_multiplied else (fit.FAST_FORMAT,))
+                        lambda *_: () if is_multiplied else (for_device.FAST_FORMAT,))
     monkeypatch.setattr(Memory, "of", classmethod(lambda cls, device: Memory(12)))
     patcher, others = in_layers_of_others(path)
     whole, types = held_bytes(patcher), set()
@@ -438,7 +438,7 @@ def test_what_fits_a_device_counts_it_too(is_multiplied, path, monkeypatch):
         targets = packed.get_attachment(fit_device.FIT_KEY)
         types.add(targets.files[0])
         assert held_bytes(packed) <= 1.02 * room or "copied in each step" in targets.copying
-    assert (fit.FAST_TYPE in types) == is_multiplied
+    assert (for_device.FAST_TYPE in types) == is_multiplied
 
 
 @pytest.mark.parametrize(("compute", "expected"), [

@@ -12,7 +12,7 @@ from planned_types import signal_to_error
 
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.planning.choose_types import choose_types
-from featherweight.loaders.packing.planning.fit import GRADES
+from featherweight.loaders.packing.planning.for_device import GRADES
 from featherweight.loaders.packing.planning.plan import (
     Plan,
     PlanError,
