@@ -421,20 +421,28 @@ def _int8(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tenso
     base, tensors, own = without_low_rank(packed_format, tensors)
     branch = low_rank if own is None else own.to(input).and_also(low_rank, rows)
     quantize, multiply = _functions(INT8, backend)
-    columns, out = input.shape[1], input.new_empty((len(input), rows))
+    columns = input.shape[1]
     step = workspace.rows_within(workspace.workspace_bytes(input.device), base, columns,
                                  columns * (input.dtype.itemsize + 1), ROW_MULTIPLE)
     with workspace.workspace(input.device) as take:
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
+
+        def multiply_slice(start: int, stop: int) -> torch.Tensor:
             dense = kernels.dequantize_into(base, tensors, take((stop - start, columns),
                                                                 input.dtype),
                                             start * columns // base.block_length)
             codes, scales = quantize(weight=dense, group_size=int8_codes.GROUP)
-            out[:, start:stop] = multiply(
+            return multiply(
                 x=input, weight=codes, weight_scale=scales, out_dtype=input.dtype, convrot=True,
                 convrot_groupsize=int8_codes.GROUP,
                 bias=None if bias is None else bias[start:stop])
+
+        if step >= rows:
+            out = multiply_slice(0, rows)
+        else:
+            out = input.new_empty((len(input), rows))
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                out[:, start:stop] = multiply_slice(start, stop)
     return _with_branch(out, input, branch)
 
 

@@ -3,12 +3,12 @@ it moves."""
 import contextlib
 import random
 
+from devtools.measure.step_traffic import Traffic
 from devtools.measure.weights import random_weight
 
 import pytest
 import torch
 from lora_gain import assert_full_strength
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_kernels import unchecked_kernels
 
 from featherweight.ops import kernels
@@ -110,25 +110,6 @@ def test_loras_of_any_strength_have_their_whole_effect(name, monkeypatch):
         inputs, change, (0.001, 0.01, 0.3), base)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the kernels that torch starts on a GPU, and the bytes that they read and write."""
-
-    def __init__(self):
-        self.launches = self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not (func.is_view or "empty" in func.name() or "detach" in func.name()):
-            written = kwargs.get("out", out)
-            read = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            if func.name().startswith(("aten::copy_", "aten::zero_", "aten::fill_")):
-                read = read[1:]
-            self.launches += 1
-            self.nbytes += sum(tensor.numel() * tensor.itemsize for tensor in (written, *read))
-        return out
-
-
 def traffic(monkeypatch, tokens, rows, columns, rank, has_bias, name, way):
     """Returns what a layer's product moves, by "apart", "joined" or its own choice."""
     dtype = torch.bfloat16
@@ -144,8 +125,7 @@ def traffic(monkeypatch, tokens, rows, columns, rank, has_bias, name, way):
         counts = Traffic()
 
         def dequantize_into(packed_format, tensors, out, first=0):
-            counts.launches += 1
-            counts.nbytes += out.numel() * out.itemsize * (2 if name == "plain" else 1)
+            counts.add(out, *([out] if name == "plain" else []))
             return out
 
         changed.setattr(kernels, "dequantize_into", dequantize_into)

@@ -113,9 +113,9 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
 
 @pytest.mark.parametrize("has_branch", [False, True])
 @pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K", "IQ4_XS", "NF4"])
+@pytest.mark.parametrize("nbytes", [256 * 512, 1 << 28], ids=["in slices of rows", "whole"])
 def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
-        format_name, has_branch, forced, monkeypatch):
-    """In slices of rows, as where a weight does not fit into the workspace."""
+        nbytes, format_name, has_branch, forced, monkeypatch):
     dtype, rows, columns = torch.bfloat16, 520, 512
     weight = relabel(pack_tensor(torch.randn(rows, columns), FORMATS[format_name]), dtype=dtype)
     input = torch.randn(600, columns).to(dtype)
@@ -124,7 +124,7 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
         [(torch.randn(rows, 4), torch.randn(4, columns) / columns**0.5, (0, rows))], rows, dtype
     ) if has_branch else None
     exact = product.linear(input, weight, bias, low_rank)
-    monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: 256 * columns)
+    monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: nbytes)
     out = product.linear(input, weight, bias, low_rank, fast=True)
     error = (out - exact).float().norm() / exact.float().norm()
     assert 0.002 < error < 0.02
