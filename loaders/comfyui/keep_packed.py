@@ -13,6 +13,7 @@ from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..container.weight_file import FileChangeGuard, WeightFile
 from .compute import choose_compute
+from .file_slices import stream_from_files
 from .model_summary import log_load_summary
 
 
@@ -86,6 +87,7 @@ def keep_packed(patcher: comfy.model_patcher.ModelPatcher, *dtypes: torch.dtype)
     """
     applied = adopt(patcher).model.packed_patches
     applied.check_source, applied.dtypes = guard_of(patcher.model), dtypes
+    stream_from_files(patcher.model)
     prepare_kernels(patcher, makes_room=True)
 
 

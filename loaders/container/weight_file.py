@@ -38,6 +38,7 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
 
 # torch and the dequantising code expect elements of up to 8 bytes at multiples of their size.
 ALIGNED = 8
+FILE_PART = "_featherweight_file_part"  # attribute of a mapped tensor's storage: its `FilePart`
 
 DOWNLOAD_AGAIN = "Download the file again, or get another conversion."
 
@@ -180,7 +181,9 @@ class WeightFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
         mark_read_only(tensor, self._buffers[entry.part].guard)
-        setattr(tensor.untyped_storage(), SOURCE_PATH, self._real_paths[entry.part])
+        storage = tensor.untyped_storage()
+        setattr(storage, SOURCE_PATH, self._real_paths[entry.part])
+        setattr(storage, FILE_PART, FilePart(self._buffers[entry.part], entry.offset, entry.nbytes))
         return tensor
 
     def _read(self, entry: TensorEntry) -> torch.Tensor:
@@ -329,6 +332,14 @@ class FileChangeGuard:
                     f" {now.size} now), while its weights were used from the file. Run this again"
                     " (queue the prompt), which loads the file as it is now. Replacing a file by"
                     " renaming a complete new one avoids this.")
+
+
+class FilePart(NamedTuple):
+    """Where the bytes of a mapped tensor are: `nbytes` from `offset` on in a mapped file."""
+
+    file: "MappedFile"
+    offset: int
+    nbytes: int
 
 
 class MappedFile(mmap.mmap):
