@@ -89,13 +89,13 @@ class LowRank:
         """Makes a branch from its `operands`; None where there is no down factor."""
         if down is None:
             return None
-        return LowRank(down, tuple(ups),
-                       tuple(Slice(*slices[start:start + 4]) for start in range(0, len(slices), 4)))
+        fields = slices[::4], slices[1::4], slices[2::4], slices[3::4]
+        return LowRank(down, tuple(ups), tuple(map(Slice, *fields)))
 
     @property
     def operands(self) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
         """(down, ups, slices) for a torch operator: four numbers for each slice, in one list."""
-        return self.down, list(self.ups), [number for part in self.slices for number in part]
+        return self.down, list(self.ups), list(itertools.chain.from_iterable(self.slices))
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +155,9 @@ class LowRank:
             out: (n, R or more).
             start: the first of the n rows.
         """
+        if len(self.ups) == 1 and self.ups[0].shape == out.shape:
+            out.copy_(self.ups[0])
+            return
         parts = list(self._parts_within(start, len(out)))
         if sum(up.numel() for _, _, up in parts) < out.numel():
             out.zero_()

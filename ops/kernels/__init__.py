@@ -202,7 +202,7 @@ def dequantizes_with_pitch(packed_format: Format, device: torch.device, dtype: t
             isinstance(packed_format, RowFormat) and columns != packed_format.block_length):
         return False
     key = "dequantize", device, packed_format, dtype
-    return any(kernel.takes_pitch for kernel in _found.get(key) or _look_up(*key))
+    return True in [kernel.takes_pitch for kernel in _found.get(key) or _look_up(*key)]
 
 
 def cast_channels_last(values: torch.Tensor, out: torch.Tensor):

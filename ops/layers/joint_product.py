@@ -4,6 +4,7 @@
 room for x A^T, and the weight is dequantised into rows with room for B. Apart, the branch is
 written, read, added to, and read again for the bias.
 """
+import functools
 import os
 
 import torch
@@ -35,9 +36,9 @@ def is_smaller(input: torch.Tensor, packed_format: Format, rows: int, has_bias: 
         low_rank: of the layer.
     """
     tokens, columns = input.shape
-    rank = len(low_rank.down)
+    rank = low_rank.down.shape[0]
     if (input.device.type != "cuda" or columns % WIDTH_MULTIPLE
-            or rank > columns * MAX_RANK_SHARE or os.environ.get(VARIABLE) == "apart"):
+            or rank > columns * MAX_RANK_SHARE or is_off()):
         return False
     row_bytes = _pitch(columns, rank) * input.dtype.itemsize
     if tokens * row_bytes > INPUT_BYTES and rows * row_bytes > workspace.workspace_bytes(
@@ -49,6 +50,12 @@ def is_smaller(input: torch.Tensor, packed_format: Format, rows: int, has_bias: 
             packed_format, input.device, input.dtype, columns):
         joint += 2 * rows * columns  # the weight is copied
     return joint < apart
+
+
+@functools.cache
+def is_off() -> bool:
+    """Returns whether the user has products and branches computed apart."""
+    return os.environ.get(VARIABLE) == "apart"
 
 
 def linear(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor], rows: int,
@@ -66,8 +73,9 @@ def linear(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor
         (M, N).
     """
     tokens, columns = input.shape
-    pitch = _pitch(columns, len(low_rank.down))
-    width = columns + _padded(len(low_rank.down), WIDTH_MULTIPLE)
+    rank = low_rank.down.shape[0]
+    pitch = _pitch(columns, rank)
+    width = columns - rank // -WIDTH_MULTIPLE * WIDTH_MULTIPLE
     row_bytes = pitch * input.dtype.itemsize
     row_step = min(rows, workspace.rows_within(workspace.workspace_bytes(input.device),
                                                packed_format, columns, row_bytes))
@@ -95,7 +103,7 @@ def linear(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor
 
 def _joined(input: torch.Tensor, down: torch.Tensor, pitch: int, width: int) -> torch.Tensor:
     """Returns [x | x A^T | zeros], `width` columns."""
-    (tokens, columns), end = input.shape, input.shape[1] + len(down)
+    (tokens, columns), end = input.shape, input.shape[1] + down.shape[0]
     joined = input.new_empty((tokens, pitch))[:, :width]
     joined[:, :columns] = input
     torch.mm(input, down.t(), out=joined[:, columns:end])
@@ -104,10 +112,6 @@ def _joined(input: torch.Tensor, down: torch.Tensor, pitch: int, width: int) -> 
     return joined
 
 
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
 def _pitch(columns: int, rank: int) -> int:
     """Returns the values from one row to the next."""
-    return _padded(columns + rank, PITCH_MULTIPLE)
+    return -((columns + rank) // -PITCH_MULTIPLE) * PITCH_MULTIPLE

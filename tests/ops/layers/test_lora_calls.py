@@ -1,0 +1,74 @@
+"""How many calls of Python LoRAs add to a layer on a GPU: on fast cards these take longer than the
+kernels that they start."""
+import collections
+import dataclasses
+import sys
+
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels.cuda_backend import BACKEND
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import packed_tensor
+
+pytestmark = pytest.mark.fake_gpus(devices=1)
+GPU = torch.device("cuda", 0)
+ROWS, COLUMNS, TOKENS = 1024, 256, 512
+MOST_ADDED = 13
+
+
+def python_calls(layer, input: torch.Tensor) -> collections.Counter:
+    """Functions of Python that a product calls, once it has been computed before."""
+    names = collections.Counter()
+
+    def count(frame, event, _):
+        if event == "call":
+            names[frame.f_code.co_qualname] += 1
+
+    for _ in range(2):
+        layer(input)
+    sys.setprofile(count)
+    try:
+        layer(input)
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Every kernel of the backend is there, and does nothing."""
+    def look_up(capability, device, packed_format, dtype):
+        found = tuple(dataclasses.replace(kernel, run=lambda *_: None)
+                      for kernel in BACKEND.kernels if kernel.capability == capability
+                      and kernel.accepts(packed_format, dtype))
+        return kernels._found.setdefault((capability, device, packed_format, dtype), found)
+
+    monkeypatch.setattr(kernels, "_found", {})
+    monkeypatch.setattr(kernels, "_look_up", look_up)
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_loras_add_few_calls(count, tokens, compiled):
+    packed_format = FORMATS["Q4_K"]
+    layer = packed_operations().Linear(COLUMNS, ROWS, dtype=torch.bfloat16)
+    data = torch.zeros((ROWS * COLUMNS // packed_format.block_length, packed_format.block_bytes),
+                       dtype=torch.uint8)
+    layer.load_state_dict({"weight": packed_tensor(packed_format, data, (ROWS, COLUMNS)),
+                           "bias": torch.zeros(ROWS)})
+    layer = layer.to(GPU)
+    input = torch.zeros(tokens, COLUMNS, dtype=torch.bfloat16, device=GPU)
+    without = python_calls(layer, input)
+    factors = torch.randn(ROWS, 16), torch.randn(16, COLUMNS), None, None, None, None
+    patches = [(1.0, LoRAAdapter(set(), factors), 1.0, None, None)] * count
+    layer.lora = build_patches("weight", patches, layer.weight.shape, GPU, torch.bfloat16)
+    with_loras = python_calls(layer, input)
+    added = with_loras - without
+    assert with_loras.total() - without.total() <= MOST_ADDED, added
+    assert ("linear" in added) == (tokens > 1)
