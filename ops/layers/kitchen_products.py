@@ -53,6 +53,13 @@ NEWER = "a newer comfy-kitchen may have them (pip install -U comfy-kitchen)"
 MIN_TOKENS, MAX_AWQ_TOKENS = 17, 256
 # Rows from which encoding a weight in int8 for each product is worth its time: an estimate.
 INT8, MIN_INT8_TOKENS = "int8", 512
+# Architectures whose integers of 8 bits are not LEAST_RATE times as fast as floats of 16, by their
+# maker: (how its name begins, the rate, where it is said, when that was read). RDNA 3, B300.
+LEAST_RATE = 1.5
+SLOW_INT8 = (
+    ("gfx110", 1.0, "https://gpuopen.com/learn/using_matrix_core_amd_rdna4", "2026-11-30"),
+    ("sm_103", 0.06, "https://www.nvidia.com/en-us/data-center/hgx", "2026-11-30"),
+)
 ROW_MULTIPLE = 8  # the kernels read the scales of several rows at once
 COLUMN_MULTIPLE = 32
 ALIGNMENT = 16  # bytes, of the addresses of codes
@@ -181,6 +188,8 @@ def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend | N
 
 def _problem(backend: Backend, name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Returns why a backend does not compute a product, "" where it does."""
+    if name == INT8 and device.type == "cuda" and (architecture := _slow_int8(device)):
+        return f"{architecture} multiplies integers of 8 bits hardly faster than floats of 16"
     if not registry.is_available(backend):
         status = registry.list_backends().get(backend, {})
         if status.get("disabled"):
@@ -199,6 +208,16 @@ def _problem(backend: Backend, name: str, device: torch.device, dtype: torch.dty
                 registry.get_implementation(function, backend=backend)):
             return f"their {function} writes codes in one order only; {NEWER}"
     return ""
+
+
+@functools.cache
+def _slow_int8(device: torch.device) -> str:
+    """Returns the architecture of a GPU of `SLOW_INT8`, "" for others."""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return name if name.startswith(tuple(row[0] for row in SLOW_INT8)) else ""
 
 
 @functools.cache

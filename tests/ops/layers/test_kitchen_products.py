@@ -337,6 +337,33 @@ def test_amds_kernels_are_asked_for_by_their_own_table(kitchen, monkeypatch):
     assert "AMD kernels are off: something" in kitchen_products.why_off(INT4, GPU, torch.bfloat16)
 
 
+def test_int8_is_not_asked_for_where_its_maker_says_that_it_is_no_faster(kitchen, monkeypatch):
+    assert all(rate < kitchen_products.LEAST_RATE and url.startswith("https://")
+               for _, rate, url, _ in kitchen_products.SLOW_INT8)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kitchen.register("hip", types.SimpleNamespace(), kitchen.tables["hip"])
+    found = {}
+    for index, name in enumerate(("gfx1100", "gfx1102:xnack-", "gfx1201", "gfx950", "gfx9999")):
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda device, name=name: types.SimpleNamespace(gcnArchName=name))
+        found[name] = kitchen_products.why_not_fast(torch.device("cuda", 40 + index),
+                                                    torch.bfloat16)
+    assert found["gfx1100"].endswith(
+        ": gfx1100 multiplies integers of 8 bits hardly faster than floats of 16")
+    assert "gfx1102 multiplies" in found["gfx1102:xnack-"]
+    assert not any(found[name] for name in ("gfx1201", "gfx950", "gfx9999"))
+    # weights that are made for codes of 4 bits are multiplied as before
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: types.SimpleNamespace(gcnArchName="gfx1100"))
+    assert kitchen_products.runs(INT4, torch.device("cuda", 40), torch.bfloat16)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kitchen.register("cuda", types.SimpleNamespace(), kitchen.tables["cuda"])
+    kitchen.gpu.capability = (10, 3)
+    assert "sm_103" in kitchen_products.why_not_fast(torch.device("cuda", 50), torch.bfloat16)
+    kitchen.gpu.capability = (12, 0)
+    assert not kitchen_products.why_not_fast(torch.device("cuda", 51), torch.bfloat16)
+
+
 def test_an_older_comfy_kitchen_has_no_product_of_nvfp4(monkeypatch):
     stand_in_nvfp4(monkeypatch)
     nvfp4, own = FAMILIES["SVDQUANT_NVFP4"].of_columns(256), kitchen_products.registry
