@@ -2,8 +2,9 @@
 
 | file | holds |
 |---|---|
-| `__main__.py` | the stages in turn, each in a process of its own, and the report as it grows |
-| `stages.py` | the stages and how long each may take; one of them in its process |
+| `__main__.py` | the stages in turn and the report as it grows |
+| `stages.py` | the stages and how long each may take; a process that runs some of them |
+| `first.py` | the first stage, without ComfyUI: bits, bandwidth, products, LoRAs, graphs |
 | `kernels.py` | which kernels are right and fast on the device |
 | `memory.py` | models larger than the device may hold, in dynamic VRAM and without |
 | `goals.py` | the figures to reach |

@@ -54,7 +54,7 @@ def pack(folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WHEELS).mkdir(parents=True)
     with tarfile.open(folder / HOST, "w:xz") as archive:
-        archive.add(environment.host, ".", filter=_wanted)
+        archive.add(environment.host.resolve(), ".", filter=_wanted)  # a link is followed
     for requirement in [*_requirements(environment.host), *FURTHER]:
         _download(environment.python, requirement, folder / WHEELS,
                   ["any"] if _name(requirement) in PURE else PLATFORMS)

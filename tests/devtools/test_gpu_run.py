@@ -1,5 +1,6 @@
 """`dev.py gpu`: every stage runs at a tiny size where there is no GPU, so that on one nothing but
 the device is new."""
+import argparse
 import functools
 import importlib
 import importlib.metadata
@@ -22,6 +23,8 @@ from devtools.gpu.stages import PARTS, STAGES
 from devtools.host.environment import SetupError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# rows of the first stage that ask the driver for what a fake GPU has not
+FAKE_ONLY = {"the device", "graphs and streams"}
 
 
 def run(folder, *arguments: str) -> str:
@@ -52,7 +55,7 @@ def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal):
 
 # What the bench measures too is in test_bench.py, a model larger than its device below.
 @pytest.mark.usefixtures("small_models")
-@pytest.mark.parametrize("stage", ["imports", "device", "kernels"])
+@pytest.mark.parametrize("stage", ["first", "imports", "device", "kernels"])
 def test_another_stage_gives_rows_on_a_cpu(stage, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -88,16 +91,50 @@ def test_the_stage_of_tests_says_how_many_passed_and_which_failed(tmp_path, monk
 
 def test_a_stage_that_takes_too_long_is_stopped_and_the_run_goes_on(tmp_path):
     """Its row, which would come at its end, is not shown."""
-    assert (
-        command._run(["tests", "--quick"], "--cpu", 0.5, pytest.fail, tmp_path / "log.txt")
-        == "stopped"
-    )
+    child = command.Child(["tests", "--quick"], "--cpu", STAGES["tests"], tmp_path / "log.txt")
+    assert child.run(0.5, pytest.fail) == "stopped" and not child.is_running
 
 
-def test_a_stage_that_ends_with_an_error_says_so(tmp_path):
-    assert command._run(["no such stage"], "--cpu", 60, None,
-                        tmp_path / "log.txt").startswith("ended with 2")
+def test_a_stage_that_ends_with_an_error_says_so_and_the_next_one_runs(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import devtools.gpu.first as first\ncalls = []\ndef rows(options):\n"
+        "    calls.append(options)\n    if len(calls) == 1: raise OSError('no such card')\n"
+        "    yield 'a row', {'of': 'it'}\nfirst.rows = rows\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    rows = []
+    child = command.Child(["first", "first", "--quick"], "--cpu", STAGES["first"],
+                          tmp_path / "log.txt")
+    assert child.run(60, pytest.fail).startswith("ended with an error") and child.is_running
+    assert child.run(60, lambda *row: rows.append(row)) == "done"
+    assert rows == [("a row", {"of": "it"})]
+    child.end()
+    assert "OSError: no such card" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_process_that_ends_says_with_what(tmp_path):
+    child = command.Child(["no such stage"], "--cpu", STAGES["tests"], tmp_path / "log.txt")
+    assert child.run(60, pytest.fail).startswith("ended with 2") and not child.is_running
     assert "invalid choice" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_first_stage_imports_no_comfyui():
+    code = ("import sys, types; from devtools.gpu import first;"
+            " print(len(list(first.rows(types.SimpleNamespace(quick=True)))),"
+            " 'comfy' in sys.modules, 'nodes' in sys.modules)")
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT,
+                           capture_output=True, text=True, check=True)
+    count, *imported = found.stdout.split()
+    assert int(count) > 6 and imported == ["False", "False"]
+
+
+@pytest.mark.fake_gpus(devices=1)
+def test_the_first_stage_fails_in_no_row_but_where_a_kernel_must_be_compiled(monkeypatch):
+    from devtools.gpu import first
+
+    monkeypatch.setattr(first, "_without_checks", lambda *_: ())
+    rows = dict(first.rows(argparse.Namespace(quick=True)))
+    assert {title for title, row in rows.items() if "failed" in row} <= FAKE_ONLY, rows
+    assert rows["Q8_0"]["same bits"] and rows["Q8_0"]["with a pitch"]
 
 
 def test_a_run_that_is_cut_off_leaves_the_rows_it_had(tmp_path):

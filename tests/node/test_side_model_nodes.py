@@ -113,8 +113,10 @@ def test_files_and_folders_are_listed(loader, folder):
         (folder / name / "config.json").write_text(json.dumps(config))
         (folder / name / "model.safetensors").touch()
     options = loader.node.define_schema().inputs[0].options
-    assert options == ["net.gguf", "listed/model.safetensors", "other/model.safetensors", "listed"]
-    assert "listed\\model.safetensors" in options and "gone.gguf" not in options
+    files = [os.path.join(name, "model.safetensors") for name in ("listed", "other")]
+    assert options == ["net.gguf", *files, "listed"]
+    assert "listed\\model.safetensors" in options and "listed/model.safetensors" in options
+    assert "gone.gguf" not in options
 
 
 def test_a_packed_file_stays_packed_and_the_node_says_what_it_holds(
