@@ -19,6 +19,7 @@ from pack_nodes import current_nodes
 from devtools import ROOT
 from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
+from featherweight.loaders.packing.planning.fit import FLOOR
 from featherweight.nodes import OWN_PREFIX
 
 PATH, NODE_LIST = ROOT / "llms.txt", ROOT / "node_list.json"
@@ -172,8 +173,8 @@ formats to ComfyUI's kernels on GPUs that have them.
 {chr(10).join(f"To {title}, POST to `/prompt`: `{json.dumps({'prompt': prompt})}`{chr(10)}"
               for title, prompt in prompts().items())}
 Which type: `pack_to` at `{FIT}` packs a file to what the GPU holds, while it loads. Of files to \
-download: the largest type with which the whole model stays on the card, estimated (partly: none \
-of these):
+download, estimated: the largest type with which the whole model stays on the card, at least \
+{FLOOR}; `{FLOOR}+0.9`: that type, of which 0.9 GB are copied in each step:
 
 {model_sizes.cards_table()}
 Nodes, with their inputs:

@@ -26,6 +26,8 @@ from devtools.host import environment, matrix
 from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
+from devtools.workflows.recommended import RECOMMENDED
+from devtools.workflows.recommended import table as recommended_table
 from devtools.workflows.workflow import Workflow
 from featherweight.loaders.comfyui.compute import host_multiplies
 from featherweight.loaders.encoders.encoder_sets import TITLES
@@ -41,9 +43,7 @@ from featherweight.loaders.packing.planning.for_device import (
     MIN_STEP_BYTES,
     MODEL_SHARE,
     SYSTEM_BYTES,
-    Memory,
     step_memory,
-    workspace_bytes,
 )
 from featherweight.loaders.paths.folders import SENSITIVITY
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
@@ -283,41 +283,58 @@ def test_the_index_of_the_docs_has_a_line_for_every_page():
     assert [int(line.partition(".")[0]) for line in lines] == list(range(1, len(lines) + 1))
 
 
-# Of the table of cards: the model as the README has it -> as `model_sizes` has it.
-FAMILIES_OF_THE_TABLE = {
-    "Flux.1 dev": "Flux.1 dev, schnell, Kontext",
-    "Flux.2 Klein 4B": "Flux.2 Klein 4B",
-    "Flux.2 Klein 9B": "Flux.2 Klein 9B",
-    "Flux.2 dev": "Flux.2 dev",
-    "Qwen-Image": "Qwen-Image, Qwen-Image-Edit",
-    "Krea 2 Turbo": "Krea 2",
-    "Qwen-Image-Edit 2511": "Qwen-Image, Qwen-Image-Edit",
-    "Wan 2.2 14B I2V": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
-    "Z-Image Turbo": "Z-Image",
-}
+def test_the_readme_has_one_model_for_each_card_with_its_files():
+    assert set(RECOMMENDED) == {6, 8, 10, 12, 16, 24}
+    assert recommended_table() in README, "run `python -m devtools.workflows.recommended`"
 
 
-def test_every_file_that_the_readme_recommends_is_the_largest_that_fits_its_card():
-    rows = re.findall(r"^\| (\d+) GB \| (.+), (\w+) \| (.+) \| ([\d.]+) \|$", README, re.M)
-    assert {int(card) for card, *_ in rows} == {6, 8, 10, 12, 16, 24}
-    table = PAGES["choosing"].split("## Which type fits which GPU")[1]
-    header, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
-                      for line in re.findall(r"^\|.+\|$", table, re.M)]
-    largest = {line[0]: dict(zip(header, line)) for line in lines}
-    for card, name, form, *_ in rows:
-        names = FAMILIES_OF_THE_TABLE[name].split(", ")
-        row = next(row for model, row in largest.items() if model.split(", ")[0] == (
-            names[-1] if "Edit" in name else names[0]))
-        assert row[f"{card} GB"] == form, (card, name)
-    models = {model.name: model for model in model_sizes.MODELS}
-    for card, name, form, file, size in rows:
-        model = models[FAMILIES_OF_THE_TABLE[name]]
-        step, _ = step_memory(model.config(), "Edit" in name)
-        room = Memory(int(card)).for_model(step, workspace_bytes(model.shapes()))
-        assert float(size) * 1e9 <= room, (card, name, room)
-        # about as large as the pack says of the format: _M keeps some matrices in larger types
-        assert 0.97 < float(size) * 1e9 / model_sizes.bytes_of(model.shapes(), form) < 1.12, name
-        assert form in file and re.search(r"\[(.*)\]\(https://huggingface.co/\1\)", file), name
+@pytest.mark.parametrize("gib", RECOMMENDED)
+def test_the_readme_recommends_what_the_table_of_types_has_for_the_card(gib):
+    """That type, or where no file of it is known the next smaller one; whole, unless none is."""
+    row = RECOMMENDED[gib]
+    model = next(model for model in model_sizes.MODELS if model.name == row.model)
+    best, _, copied = model_sizes.card_text(model, gib).partition("+")
+    assert model_sizes.TYPES.index(row.type) >= model_sizes.TYPES.index(best)
+    assert bool(row.copied(gib)) == bool(copied) and (not copied or row.type == best)
+    name, size, _ = row.files["diffusion_models"]
+    # about as large as the pack says of the type: _M keeps some matrices in larger types
+    nbytes = model_sizes.bytes_of(model.shapes(), row.type)
+    assert 0.97 < float(size.split()[0]) * 1e9 / nbytes < 1.14, name
+    assert row.type in name
+    if not (row.larger or copied):
+        assert Workflow(FOLDER / f"{row.example}.json").card == f"{gib} GB card"
+    memory = Workflow(FOLDER / f"{row.example}.json").memory
+    assert row.type == best or f"{best} on {gib} GB" in memory
+
+
+FITTED = [model for model in model_sizes.MODELS if model.config and step_memory(model.config())]
+
+
+@pytest.mark.parametrize("gib", model_sizes.CARDS)
+@pytest.mark.parametrize("model", FITTED, ids=lambda model: model.name)
+def test_fit_this_gpu_chooses_what_the_table_of_types_has_or_a_better_mix(model, gib):
+    best, _, copied = model_sizes.card_text(model, gib).partition("+")
+    choice = model_sizes.fit_choice(model, gib)
+    grades = model_sizes.TYPES
+    assert f"{choice.copied / 1e9:.1f}" == (copied or "0.0")
+    assert grades.index(choice.grade or "BF16") <= grades.index(best)
+
+
+def test_choosing_says_what_less_main_memory_changes():
+    """Of models that do not fit a card whole."""
+    changed = {main: {model.name for model in FITTED for gib in model_sizes.CARDS
+                      if model_sizes.card_text(model, gib, main_gib=main)
+                      != model_sizes.card_text(model, gib)} for main in (16, 32)}
+    assert changed[32] == {"Flux.2 dev"}
+    flux = next(model for model in FITTED if model.name.startswith("Flux.1 dev"))
+    assert model_sizes.card_text(flux, 8, main_gib=16).startswith("Q3_K")
+    words = " ".join(PAGES["choosing"].split())
+    assert ("64 GB of main memory; with 32 GB only Flux.2 dev changes, to Q2_K below 24 GB; with"
+            " 16 GB Flux.1 dev is Q3_K below 10 GB") in words
+    for gib, main, type_name in ((16, 32, "Q2_K"), (24, 32, "Q4_K")):
+        model = next(model for model in FITTED if model.name == "Flux.2 dev")
+        assert model_sizes.card_text(model, gib, main_gib=main).startswith(type_name)
+    assert not model_sizes.card_text(flux, 10, main_gib=16).startswith("Q3_K")
 
 
 def test_the_readme_says_what_flux_takes():

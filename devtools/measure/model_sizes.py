@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.planning.for_device import (
     GIB,
     HOST_RESERVE_BYTES,
+    Choice,
     Memory,
     Sizes,
     Weights,
@@ -46,10 +47,8 @@ RANK = 32  # of the LoRA whose size is counted
 GB = 1e9
 NUMBERS = "---:"  # below the titles of columns of numbers
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
-TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
-MAIN_GIB = 64  # main memory in the table of what fit chooses, of these models
-FITTED = {"Flux.1 dev, schnell, Kontext": "Flux.1 dev", "Flux.2 dev": "Flux.2 dev",
-          "Qwen-Image, Qwen-Image-Edit": "Qwen-Image"}
+TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K")  # the largest first; the last is FLOOR
+MAIN_GIB = 64  # main memory, in the table of cards
 
 
 @dataclass(frozen=True)
@@ -218,12 +217,12 @@ def sizes_table() -> str:
 
 
 def cards_table() -> str:
-    """The largest format of each diffusion model that fits a GPU whole."""
+    """The type of each diffusion model for a GPU."""
     rows = []
     for model in MODELS:
-        if model.config and (row := _cards_row(model, model.name, 0)):
-            row[0] = row[0].removesuffix(f", {model.editing.removeprefix('Flux.1 ')}")
-            rows.append(row)
+        if model.config and step_memory(model.config()):
+            name = model.name.removesuffix(f", {model.editing.removeprefix('Flux.1 ')}")
+            rows.append(_cards_row(model, name, 0))
         if model.editing:
             rows.append(_cards_row(model, model.editing, 1))
     titles = ["model", "for", "work, GiB", *(f"{card} GB" for card in CARDS)]
@@ -231,54 +230,58 @@ def cards_table() -> str:
 
 
 def _cards_row(model: Model, name: str, images: int) -> list[str]:
-    """Returns a row for models that get so many images; none where the step is not known."""
-    assert model.config is not None
-    step = step_memory(model.config(), images)
-    if step is None:
-        return []
-    nbytes, picture = step
+    """Returns a row for models that get so many images."""
+    nbytes, picture = _step(model, images)
     if images:
         picture += ", with an image"
-    best = best_types(model.shapes(), CARDS, nbytes)
     work = (nbytes + HOST_RESERVE_BYTES) / GIB
-    return [name, picture, f"{work:.1f}", *(best[card] or "partly" for card in CARDS)]
+    return [name, picture, f"{work:.1f}", *(card_text(model, card, images) for card in CARDS)]
 
 
-def best_types(shapes: Shapes, cards: Iterable[int], step_bytes: float) -> dict[int, str]:
-    """Returns card -> the largest of TYPES with which a diffusion model fits it whole, "" for none.
+def card_text(model: Model, gib: int, images: int = 0, main_gib: int = MAIN_GIB) -> str:
+    """Returns the type for a card, as in "Q6_K", or "Q4_K+0.9" with the GB that are copied: the
+    largest with which the whole model stays on it, else what *fit this GPU* chooses.
 
     Args:
-        shapes: as for `rules_for`.
-        cards: their GiB.
-        step_bytes: of `step_memory`.
+        model: a diffusion model.
+        gib: of the card.
+        images: that the model gets too.
+        main_gib: the main memory.
     """
-    rules, workspace = rules_for(shapes), workspace_bytes(shapes)
-    sizes = {name: plan_for_type(shapes, name, rules).nbytes(shapes) for name in TYPES}
-    return {
-        gib: next((name for name, nbytes in sizes.items() if nbytes <= Memory(gib).for_model(
-            step_bytes, 0 if name == "BF16" else workspace)), "") for gib in cards
-    }
+    for name in TYPES:
+        workspace = 0 if name in DENSE else workspace_bytes(model.shapes())
+        room = Memory(gib).for_model(_step(model, images)[0], workspace)
+        if _type_bytes(model, name) <= room:
+            return name
+    choice = fit_choice(model, gib, images, main_gib)
+    return f"{choice.grade}+{choice.copied / GB:.1f}"
 
 
-def fit_table() -> str:
-    """What *fit this GPU* chooses for each diffusion model in BF16, and the GB that a step copies.
-    """
-    rows = []
-    for model in MODELS:
-        config = model.config and model.config()
-        step = step_memory(config) if config and model.name in FITTED else None
-        if step is None:
-            continue
-        shapes, row = model.shapes(), [FITTED[model.name]]
-        sizes = Sizes([Weights(shapes, bytes_of(shapes, "BF16"), {})])
-        for gib in CARDS[:-1]:
-            memory = Memory(gib, main_gib=MAIN_GIB)
-            room_for = functools.partial(memory.for_model, step[0])
-            choice = choose(sizes, room_for, main=memory.for_copying(config))
-            copied = f"+{choice.copied / GB:.1f}" if choice.copied else ""
-            row.append(f"{choice.grade or 'BF16'}{copied}")
-        rows.append(row)
-    return markdown_table(["model", *(f"{card} GB" for card in CARDS[:-1])], rows, NUMBERS)
+def fit_choice(model: Model, gib: int, images: int = 0, main_gib: int = MAIN_GIB) -> Choice:
+    """Returns what *fit this GPU* chooses for a file in BF16; args: as for `card_text`."""
+    memory = Memory(gib, main_gib=main_gib)
+    assert model.config is not None
+    return choose(_sizes(model), functools.partial(memory.for_model, _step(model, images)[0]),
+                  main=memory.for_copying(model.config()))
+
+
+@functools.cache
+def _sizes(model: Model) -> Sizes:
+    """Returns those of a file in BF16."""
+    shapes = model.shapes()
+    return Sizes([Weights(shapes, bytes_of(shapes, "BF16"), {})])
+
+
+@functools.cache
+def _type_bytes(model: Model, name: str) -> int:
+    return plan_for_type(model.shapes(), name, rules_for(model.shapes())).nbytes(model.shapes())
+
+
+def _step(model: Model, images: int) -> tuple[float, str]:
+    assert model.config is not None
+    step = step_memory(model.config(), images)
+    assert step is not None, model.name
+    return step
 
 
 def accuracy_table() -> str:
@@ -293,7 +296,7 @@ def accuracy_table() -> str:
     return markdown_table(["", *errors], [row], NUMBERS)
 
 
-TABLES = (sizes_table, cards_table, fit_table, accuracy_table)
+TABLES = (sizes_table, cards_table, accuracy_table)
 
 if __name__ == "__main__":
     for make in TABLES:

@@ -47,6 +47,7 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 GIB = 2**30 / 1e9
 MODELS = {model.name: model for model in model_sizes.MODELS}
 ON_A_CARD = r"([\d.]+) GB on an? (\d+) GB card"
+BEST = r"((Q\d_\w) on (\d+) GB(?: \(([\d.]+) GB copied)?)"
 FITS = r"^Fits an? (\d+) GB card"  # with the whole model on it
 
 
@@ -101,22 +102,30 @@ def wrong_sizes(workflow: Workflow) -> list[str]:
 
 
 def wrong_cards(workflow: Workflow) -> list[str]:
-    """Returns statements about cards that differ: the largest type on a card, and on which card
-    the model stays whole."""
+    """Returns statements about cards that differ: the type for a card, and on which card the model
+    stays whole."""
     row, file = model_of(workflow)
     cards = CARDS.get(card_row_of(row, file))
     if cards is None:
         return []
-    wrong = [text for text, type_name, card in
-             re.findall(r"((Q\d_\w) on (\d+ GB))", workflow.memory)
-             if cards[card] != type_name]
+    images = "image that it reads" in workflow.memory
+
+    def best_on(card: str) -> str:
+        return model_sizes.card_text(MODELS[row], int(card), images)
+
+    wrong = [text for text, type_name, card, copied in re.findall(BEST, workflow.memory)
+             if "+".join(filter(None, (type_name, copied))) != best_on(card)]
     card, size = workflow.figure(FITS), workflow.files[file]
     if card and size and not file.startswith("checkpoints/"):
-        images = "image that it reads" in workflow.memory
         smallest = next(gib for gib in model_sizes.CARDS
                         if room_on(gib, row, images) > float(size.split()[0]) - 0.05)
         if int(card) != smallest:
             wrong.append(f"whole on {card} GB, not {smallest} GB")
+        own = re.search(r"-(Q\d_[K0])", file)
+        best = best_on(card)
+        is_alone = "and module take" not in workflow.memory
+        if is_alone and own and own[1] != best and f"{best} on {card} GB" not in workflow.memory:
+            wrong.append(f"nothing about {best} on {card} GB")
     return wrong
 
 
