@@ -1,6 +1,6 @@
 """Renders many rows of one workflow, on one machine or on a Ray cluster.
 
-    python3 batch.py WORKFLOW_API.json ROWS.jsonl OUT
+    python custom_nodes/ComfyUI-Featherweight/batch.py WORKFLOW_API.json ROWS.jsonl OUT
 """
 import argparse
 import io

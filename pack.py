@@ -1,6 +1,7 @@
 """Packs a model file without ComfyUI's editor.
 
-    python3 pack.py SOURCE OUT [--type Q4_K] [--size 5.9GB] [--lora FILE:0.8 ...]
+    python custom_nodes/ComfyUI-Featherweight/pack.py SOURCE OUT [--type Q4_K] [--size 5.9GB]
+                                                      [--lora FILE:0.8 ...]
 """
 import os
 import signal
@@ -115,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loras-as-asked",
         action="store_true",
-        help="keep weights that are packed already and get a LoRA in the given type, not a finer"
-        " one",
+        help="keep weights that are quantized already and get a LoRA in the given type, not a"
+        " finer one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
@@ -223,7 +224,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan = plan_file(source, arguments.out, arguments.size or chosen[0], options)
         print(plan.text, flush=True)
         saved = save(plan, Progress("packing").track)
-    print("\n".join([*saved.notes, *saved.layers, f"Done: {saved}"]))
+    print("\n".join([*saved.notes, *saved.layers, "", saved.card, "", f"Done: {saved}"]))
     return DONE
 
 

@@ -36,7 +36,7 @@ class LoadCheckpoint(io.ComfyNode):
             node_id="FeatherweightLoadCheckpoint",
             display_name="Load Checkpoint (GGUF, Featherweight)",
             category="Featherweight",
-            description="Loads a model, its text encoder and its VAE from one packed file (GGUF,"
+            description="Loads a model, its text encoder and its VAE from one quantized file (GGUF,"
             " NF4, FP4, int8, fp8, SDNQ, SVDQuant …) and keeps packed weights packed in memory."
             " Other checkpoints load as with ComfyUI's own loader.",
             search_aliases=[

@@ -64,8 +64,8 @@ def pack_to_input(what: str, fits: bool = False):
         optional=True,
         display_name="pack to",
         tooltip=f"Makes {what} smaller in memory while it loads (minutes, once)."
-        f"{' Start with fit this GPU.' if fits else ''} A packed file, such as a GGUF, stays as it"
-        f" is, unless {'it must shrink or ' if fits else ''}the type is ComfyUI's own.",
+        f"{' Start with fit this GPU.' if fits else ''} A quantized file, such as a GGUF, stays as"
+        f" it is, unless {'it must shrink or ' if fits else ''}the type is ComfyUI's own.",
     )
 
 
@@ -157,7 +157,7 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (GGUF, Featherweight)",
             category="Featherweight",
-            description="Loads any diffusion model that ComfyUI knows from a packed file"
+            description="Loads any diffusion model that ComfyUI knows from a quantized file"
             " (GGUF, NF4, FP4, int8, fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and keeps its weights packed"
             " in memory. Other files load as with ComfyUI's own loader.",
             search_aliases=[

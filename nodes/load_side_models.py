@@ -56,7 +56,7 @@ class LoadControlNet(io.ComfyNode):
             node_id="FeatherweightLoadControlNet",
             display_name="Load ControlNet (Featherweight)",
             category="Featherweight",
-            description="Loads a ControlNet from GGUF or any other packed file that this pack"
+            description="Loads a ControlNet from GGUF or any other quantized file that this pack"
             " reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory, for ComfyUI's"
             " Apply ControlNet. Other files load as with ComfyUI's own loader.",
             search_aliases=[
@@ -88,7 +88,7 @@ class LoadModelPatch(io.ComfyNode):
             display_name="Load Model Patch (Featherweight)",
             category="Featherweight/more loaders",
             description="Loads a model patch (Z-Image Fun or Qwen-Image DiffSynth ControlNet,"
-            " Uni3C, InfiniteTalk, USO, SUPIR, LLLite) from GGUF or any other packed file that"
+            " Uni3C, InfiniteTalk, USO, SUPIR, LLLite) from GGUF or any other quantized file that"
             " this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory."
             " Other files load as with ComfyUI's own loader.",
             search_aliases=[
@@ -123,7 +123,7 @@ class LoadCLIPVision(io.ComfyNode):
             display_name="Load CLIP Vision (Featherweight)",
             category="Featherweight/more loaders",
             description="Loads a CLIP vision model (CLIP, SigLIP, DINO) from GGUF or any other"
-            " packed file that this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights"
+            " quantized file that this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights"
             " packed in memory, for ComfyUI's CLIP Vision Encode. Other files load as with"
             " ComfyUI's own loader.",
             search_aliases=[

@@ -60,9 +60,9 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="FeatherweightLoadTextEncoder",
             display_name="Load Text Encoder (GGUF, Featherweight)",
             category="Featherweight",
-            description="Loads one to four text encoders from packed files (GGUF, NF4, FP4, int8,"
-            " fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and plain ones in any mix, and keeps packed weights"
-            " packed in memory.",
+            description="Loads one to four text encoders from quantized files (GGUF, NF4, FP4,"
+            " int8, fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and plain ones in any mix, and keeps packed"
+            " weights packed in memory.",
             search_aliases=[
                 "clip",
                 "clip loader",

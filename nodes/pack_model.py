@@ -39,8 +39,8 @@ class PackModel(io.ComfyNode):
                     optional=True,
                     display_name="pack to",
                     tooltip="What the large weights become (minutes, once). Start with fit this"
-                    " GPU. Weights that are packed already, as of a GGUF, stay so, unless they must"
-                    " shrink or the type is ComfyUI's own.",
+                    " GPU. Weights that are quantized already, as of a GGUF, stay so, unless they"
+                    " must shrink or the type is ComfyUI's own.",
                 ),
                 size_input(),
                 io.Combo.Input(

@@ -137,9 +137,9 @@ class SavePackedModel(io.ComfyNode):
                     default=KEEP_QUALITY,
                     optional=True,
                     display_name="LoRAs on packed weights",
-                    tooltip="For LoRAs on a model that is packed already. keep LoRA quality"
-                    " (larger): the weights they change take Q6_K or more. keep the size: they take"
-                    " the type asked for; the report says how much of each LoRA is kept.",
+                    tooltip="For LoRAs on a model that is quantized already. keep LoRA"
+                    " quality (larger): the weights they change take Q6_K or more. keep the size:"
+                    " they take the type asked for; the report says how much of each LoRA is kept.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
@@ -191,8 +191,8 @@ class SavePackedModel(io.ComfyNode):
                 io.String.Output(display_name="path", tooltip="The file of the model."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What the file holds, how much of each LoRA is in it, and which layers"
-                    " lose the most.",
+                    tooltip="What the file holds, how much of each LoRA is in it, which layers lose"
+                    " the most, and a text for a model card.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -288,7 +288,7 @@ class SavePackedModel(io.ComfyNode):
             progress.set_heading(plan.short_text)
             files.append(save(plan, progress.track))
         show_text("\n\n".join(saved.short_text for saved in files))
-        text = "\n\n".join(saved.text for saved in files)
+        text = "\n\n".join(f"{saved.text}\n\n{saved.card}" for saved in files)
         return io.NodeOutput(jobs[0][1], text, ui=ui.PreviewText(text))
 
     @classmethod

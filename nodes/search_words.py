@@ -55,7 +55,7 @@ PLACING_WORDS = ("memory", "gpu memory", "multigpu loader", "distorch2")
 
 
 def family_aliases(part: str = "") -> list[str]:
-    """Returns an alias for each family of packed files.
+    """Returns an alias for each family of quantized files.
 
     part: what the node loads, such as "controlnet"; nothing for the node that comes first.
     """

@@ -345,6 +345,21 @@ def test_the_readme_says_what_flux_takes():
     assert f"Flux.1 dev takes {packed} as Q4_K instead of {dense}" in words
 
 
+def test_every_page_and_text_calls_the_commands_alike():
+    """pack.py and batch.py are run from ComfyUI's folder, with its Python."""
+    paths = [ROOT / name for name in ("pack.py", "batch.py", "README.md", "CONTRIBUTING.md")]
+    for folder, suffix in (("docs", "md"), ("nodes/web/docs", "md"), ("example_workflows", "json"),
+                           ("subgraphs", "json"), ("locales", "json")):
+        paths += (ROOT / folder).rglob(f"*.{suffix}")
+    calls = [call for path in paths for call in re.findall(
+        r"\S+ \S*\b(?:pack|batch)\.py (?=[A-Za-z])(?=\S*(?:SOURCE|WORKFLOW|workflow))",
+        path.read_text(encoding="utf-8"))]
+    assert len(calls) > 4
+    for call in calls:
+        assert re.fullmatch(r"`?python custom_nodes/ComfyUI-Featherweight/(pack|batch)\.py ",
+                            call), call
+
+
 def test_the_readme_names_what_is_needed_and_which_compilers_are_looked_for():
     assert re.search(r'^dependencies = \["gguf>=[\d.]+"\]$', PROJECT, re.M)
     assert "one package, `gguf`" in README

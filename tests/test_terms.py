@@ -31,6 +31,7 @@ BRITISH = (
 # What is no word of ours -> why it stays.
 EXCEPTIONS = {
     r"compressed-tensors": "a quantizer's name",
+    r"(?i)share-?\W?a-?\W?packed-?\W?file": "a file that was made here",
     r"models/\w+": "a folder of ComfyUI",
     r"HOST:\w+": "the form of an address on a network",
     r"`[^`\n]+`": "names in code: ids, inputs, files, options, messages",

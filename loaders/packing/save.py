@@ -50,17 +50,20 @@ MAX_NOTES = 5  # on single weights
 class Saved:
     """A file that was written.
 
-    seconds: since its plan began. types: name -> type, as written. table: a line for each type.
-    shares: of the types, in one line. notes: how much of each LoRA arrived, and what people should
-    know. layers: lines on the layers that lose the most.
+    made_from: names of the files of its model and LoRAs. seconds: since its plan began. types:
+    name -> type, as written. table: a line for each type. shares: of the types, in one line.
+    losses: sentences on what is lost, and how much of each LoRA arrived. notes: these, and what
+    people should know. layers: lines on the layers that lose the most.
     """
 
     path: Path
     nbytes: int
+    made_from: list[str]
     seconds: float
     types: dict[str, str]
     table: str
     shares: str
+    losses: list[str]
     notes: list[str]
     layers: list[str]
 
@@ -76,6 +79,18 @@ class Saved:
     def short_text(self) -> str:
         """What the node shows: the types in one line, and no layers."""
         return "\n".join([self.path.name, self._size, self.shares, *self.notes])
+
+    @property
+    def card(self) -> str:
+        """Markdown for the model card, where the file is shared."""
+        others = " with Featherweight or ComfyUI-GGUF" if self.path.suffix == ".gguf" else (
+            " with Featherweight" if "NF4" in self.types.values() else "")
+        return "\n- ".join([
+            "For the model card, below the name of the base model and its license:\n",
+            f"File: {self.path.name}, {size_text(self.nbytes, DIGITS)} ({self.shares}).",
+            f"Made from {', '.join(self.made_from)}, with Featherweight for ComfyUI.",
+            *self.losses,
+            f"It needs ComfyUI{others}, and the other files of the base model."])
 
     @property
     def _size(self) -> str:
@@ -107,10 +122,12 @@ def save(plan: FilePlan,
             writer.write(plan.names[name], type_name, pieces)
             source.drop_pages()
         source.guard()
-    written = Plan(packer.types)
-    return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
-                 written.text(source.shapes), written.shares(source.shapes),
-                 [*packer.note_lines(), *plan.notes],
+    written, losses = Plan(packer.types), packer.loss_lines()
+    return Saved(plan.path, plan.path.stat().st_size,
+                 sorted({safe_repr(Path(path).name) for path in source.paths}),
+                 time.monotonic() - plan.started, packer.types,
+                 written.text(source.shapes), written.shares(source.shapes), losses,
+                 [*losses, *packer.note_lines(), *plan.notes],
                  layer_lines(packer.losses(), packer.loss_kind))
 
 
@@ -189,14 +206,16 @@ class WeightPacker:
             return errors_of_result(self.source, self.types, self.plan.options)
         return self._losses
 
-    def note_lines(self) -> list[str]:
-        """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""
+    def loss_lines(self) -> list[str]:
+        """Returns sentences on what is lost, and on what arrived of the changes."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
-        lines += loss_sentences(
-            self.losses(), self.loss_kind,
-            {name: weight.values for name, weight in self.source.weights.items()})
-        lines += map(str, self.retention.shares())
-        lines += self.notes[:MAX_NOTES]
+        values = {name: weight.values for name, weight in self.source.weights.items()}
+        lines += loss_sentences(self.losses(), self.loss_kind, values)
+        return [*lines, *map(str, self.retention.shares())]
+
+    def note_lines(self) -> list[str]:
+        """Returns sentences on unplanned types."""
+        lines = self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:
             lines.append(
                 f"{len(self.notes) - MAX_NOTES} more weights are in finer types than planned.")

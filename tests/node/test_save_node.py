@@ -1,5 +1,6 @@
 """Save Packed Model: where its files come to lie, what they are called, and what it says."""
 import json
+import random
 import re
 from pathlib import Path
 
@@ -245,6 +246,24 @@ def test_the_node_shows_a_few_lines_and_the_report_has_the_layers_too(output, mo
     assert re.search(r"^Loss: [a-z ]+ \([\d.]+ % of the weights\)\.$", text, re.MULTILINE)
     assert "The layers that lose the most" in report and "The layers" not in text
     assert types == {line.split(":")[0] for line in lines if re.search(r"\d tensors?, ", line)}
+
+
+@pytest.mark.parametrize(("target", "needs"), [
+    ("Q4_K", "ComfyUI with Featherweight or ComfyUI-GGUF"), ("NF4", "ComfyUI with Featherweight"),
+    ("int8_convrot", "ComfyUI")])
+def test_the_report_ends_in_a_text_for_a_model_card(output, target, needs):
+    strength = random.choice([0.5, 0.75, 1.0])
+    path, report = saved(patched(packed_flux("Q8_0"), (lora_for(tiny_flux()), strength)), target)
+    card = report.partition("For the model card, below the name of the base model and its license:"
+                            "\n\n")[2].splitlines()
+    assert all(line.startswith("- ") for line in card)
+    size = f"{path.stat().st_size / 1e6:.2f}"
+    assert re.match(rf"- File: {path.name}, {size} MB \((\S+ [\d.]+%(, )?)+\)\.", card[0]), card
+    assert "with Featherweight for ComfyUI" in card[1]
+    assert any(re.match(r"- Loss: .* of the weights\)\.", line) for line in card)
+    assert any(f"LoRA 1 (strength {strength:g}): " in line for line in card)
+    assert card[-1] == f"- It needs {needs}, and the other files of the base model."
+    assert card[-1].removeprefix("- ") in report.splitlines()[-1]
 
 
 def test_the_workflow_is_in_the_file_unless_the_user_turned_that_off(output, monkeypatch):

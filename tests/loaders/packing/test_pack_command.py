@@ -88,6 +88,8 @@ def test_a_file_with_loras_is_packed_and_the_last_line_says_what_came_out(source
     last = said.strip().split("\n")[-1]
     done = rf"Done: {re.escape(str(tmp_path / 'a.gguf'))}: [\d.]+ MB in \d+ s"
     assert code == 0 and re.fullmatch(done, last), said
+    files = "'lora 1.safetensors', 'lora 2.safetensors', 'model.safetensors'"
+    assert f"- Made from {files}, with Featherweight for ComfyUI.\n" in said
     assert [
         float(share) for share in re.findall(r"LoRA \d \(strength [\d.]+\): ([\d.]+)%", said)
     ] == [pytest.approx(100, abs=1)] * 2
