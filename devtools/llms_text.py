@@ -19,7 +19,7 @@ from pack_nodes import current_nodes
 from devtools import ROOT
 from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
-from featherweight.loaders.packing.planning.fit import FLOOR
+from featherweight.loaders.packing.planning.for_device import FLOOR
 from featherweight.nodes import OWN_PREFIX
 
 PATH, NODE_LIST = ROOT / "llms.txt", ROOT / "node_list.json"

@@ -10,7 +10,7 @@ from devtools.measure import model_sizes
 from devtools import markdown_table
 from devtools.workflows import FOLDER
 from devtools.workflows.workflow import Workflow
-from featherweight.loaders.packing.planning.fit import Memory, step_memory, workspace_bytes
+from featherweight.loaders.packing.planning.for_device import Memory, step_memory, workspace_bytes
 
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
 TITLES = ("card", "model and type", "diffusion model", "text encoder", "VAE", "template")
