@@ -39,8 +39,7 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  newest versions of ComfyUI's own packages
   gpu [--part 2] [--device cpu]  measure what only a GPU can show, in nine minutes; --part 2: the
                                  rest of it, in nine more; --pack FOLDER: prepare it for a machine
-                                 without a package index; --kitchen FOLDER: ComfyUI's own CUDA
-                                 kernels for it
+                                 without a package index
   fuzz [--seed N] [--inputs N] [pytest ...]
                                  read bad files and hostile workflows, 500 for each target, by a
                                  seed that is drawn and printed

@@ -124,18 +124,14 @@ def gpu(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev.py gpu", add_help=False)
     parser.add_argument("--pack", type=Path, metavar="FOLDER")
     parser.add_argument("--packed", type=Path, metavar="FOLDER")
-    parser.add_argument("--kitchen", type=Path, metavar="FOLDER")
     own, _ = parser.parse_known_args(arguments)
     if own.pack:
         offline_bundle.pack(own.pack)
         return 0
-    if own.kitchen and not own.packed:
-        offline_bundle.pack_kitchen(own.kitchen)
-        return 0
     if not own.packed:
         return prepare().run("-m", "devtools.gpu", *arguments)
     with tempfile.TemporaryDirectory(prefix="featherweight-gpu-") as place:
-        environment, site = offline_bundle.environment(own.packed, Path(place), own.kitchen)
+        environment, site = offline_bundle.environment(own.packed, Path(place))
         return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 

@@ -37,8 +37,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, choices=PARTS, default=1,
                         help="2: layers, models larger than the memory, and tests")
     parser.add_argument("--only", nargs="+", choices=STAGES)
-    for used in ("--packed", "--kitchen"):  # by `dev.py`
-        parser.add_argument(used, help=argparse.SUPPRESS)
+    parser.add_argument("--packed", help=argparse.SUPPRESS)  # used by `dev.py`
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "gpu",
                         help="folder for gpu.json, gpu.md and gpu.png")
     options = parser.parse_args()

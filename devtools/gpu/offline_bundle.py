@@ -1,6 +1,6 @@
 """An environment on a bare machine: Linux with Python, torch for its GPU and what images for
 machine learning hold, but without ComfyUI and without a package index. `pack` gathers what it
-lacks, `pack_kitchen` ComfyUI's own CUDA kernels, and `environment` uses both there.
+lacks, ComfyUI's own CUDA kernels too, and `environment` uses it there.
 
 Standard library only: it runs before anything is installed.
 """
@@ -40,24 +40,25 @@ UNUSED = {
     ".git", "blueprints", "comfy_api_nodes", "models", "input", "output", "temp", "user",
     "custom_nodes"
 }
-PURE = {"comfy-kitchen"}  # its kernels travel apart
-HOST, WHEELS = "host.tar.xz", "wheels"
-KITCHEN, PART_BYTES = "kitchen.tar.xz", 20_000_000
+TOKENIZERS = "_tokenizer"  # how the folders end that hold them, 28 MB: no stage encodes a text
+HOST, WHEELS, KITCHEN = "host.tar.xz", "wheels", "kitchen.tar.xz"
 STAND_IN = Path(__file__).with_name("av_stand_in.py")  # of a package of 35 MB
 # Pythons before 3.11.4 have no filters
 SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def pack(folder: Path):
-    """Fill `folder` with ComfyUI's source and wheels."""
+    """Fill `folder` with ComfyUI's source, its newest comfy_kitchen, and wheels."""
     environment = prepare()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / WHEELS).mkdir(parents=True)
     with tarfile.open(folder / HOST, "w:xz") as archive:
         archive.add(environment.host.resolve(), ".", filter=_wanted)  # a link is followed
     for requirement in [*_requirements(environment.host), *FURTHER]:
-        _download(environment.python, requirement, folder / WHEELS,
-                  ["any"] if _name(requirement) in PURE else PLATFORMS)
+        if _name(requirement) == "comfy-kitchen":
+            _pack_kitchen(environment.python, folder / KITCHEN)
+        else:
+            _download(environment.python, requirement, folder / WHEELS)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     left = CARRIED - _tracked_bytes()
     if size > left:
@@ -72,7 +73,9 @@ def pack(folder: Path):
 
 def _wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     parts = Path(member.name).parts
-    return None if parts and (parts[0] in UNUSED or "__pycache__" in parts) else member
+    is_left_out = parts and (parts[0] in UNUSED or "__pycache__" in parts
+                             or any(part.endswith(TOKENIZERS) for part in parts))
+    return None if is_left_out else member
 
 
 def _tracked_bytes() -> int:
@@ -81,33 +84,17 @@ def _tracked_bytes() -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def pack_kitchen(folder: Path):
-    """Fill `folder` with the newest comfy_kitchen and its CUDA kernels, in parts of 20 MB.
-
-    Each part is a folder of its own, since two of them do not fit into one transfer.
-    """
-    environment = prepare()
-    shutil.rmtree(folder, ignore_errors=True)
-    packed = io.BytesIO()
+def _pack_kitchen(python: Path, path: Path):
+    """Write the newest comfy_kitchen with its CUDA kernels, of which xz makes half."""
     with tempfile.TemporaryDirectory() as wheels:
-        _download(environment.python, "comfy-kitchen", Path(wheels), PLATFORMS)
+        _download(python, "comfy-kitchen", Path(wheels))
         (wheel,) = Path(wheels).iterdir()
-        with zipfile.ZipFile(wheel) as archive, tarfile.open(fileobj=packed, mode="w:xz",
-                                                             preset=9) as out:
+        with zipfile.ZipFile(wheel) as archive, tarfile.open(path, "w:xz", preset=9) as out:
             for name in archive.namelist():
                 if "/backends/hip/_C" not in name and not name.endswith("/"):
-                    member = tarfile.TarInfo(name)
-                    data = archive.read(name)
+                    member, data = tarfile.TarInfo(name), archive.read(name)
                     member.size = len(data)
                     out.addfile(member, io.BytesIO(data))
-    data = packed.getvalue()
-    parts = [data[start:start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
-    for number, part in enumerate(parts, 1):
-        path = folder / str(number) / f"{KITCHEN}.{number}-of-{len(parts)}"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(part)
-    print(f"Done: {wheel.name}, {len(data) / 1e6:.1f} MB in {len(parts)} folders of {folder}. Carry"
-          f" one in each call, then: python3 dev.py gpu --packed FOLDER --kitchen {folder.name}")
 
 
 def _requirements(host: Path) -> list[str]:
@@ -121,11 +108,11 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def _download(python: Path, requirement: str, folder: Path, platforms: list[str]):
+def _download(python: Path, requirement: str, folder: Path):
     command = [
         str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
         "--implementation", "cp", "--python-version", PYTHON,
-        *(f"--platform={name}" for name in platforms), "--dest",
+        *(f"--platform={name}" for name in PLATFORMS), "--dest",
         str(folder), requirement
     ]
     found = subprocess.run(command, capture_output=True, text=True)
@@ -136,13 +123,12 @@ def _download(python: Path, requirement: str, folder: Path, platforms: list[str]
         )
 
 
-def environment(folder: Path, place: Path,
-                kitchen: Path | None = None) -> tuple[Environment, str]:
+def environment(folder: Path, place: Path) -> tuple[Environment, str]:
     """What `pack` gathered and this machine lacks, unpacked into `place`, and the folder in it for
     PYTHONPATH.
 
     Raises SetupError. A wheel of which the machine has another version is used where ComfyUI asks
-    for that version alone. kitchen: what `pack_kitchen` filled, used in place of the wheel.
+    for that version alone.
     """
     if not (folder / HOST).is_file():
         raise SetupError(f"{folder} has no {HOST}. Fill it on a machine with a package index: "
@@ -158,27 +144,12 @@ def environment(folder: Path, place: Path,
         if found is None or (_name(name) in pinned and found != version):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
-    if kitchen is not None:
-        for old in site.glob("comfy_kitchen*"):
-            shutil.rmtree(old)
-        with tarfile.open(fileobj=io.BytesIO(_joined(kitchen))) as archive:
-            archive.extractall(site, **SAFELY)
+    with tarfile.open(folder / KITCHEN) as archive:
+        archive.extractall(site, **SAFELY)
     if _installed("av") is None:
         (site / "av").mkdir()
         shutil.copyfile(STAND_IN, site / "av" / "__init__.py")
     return Environment(place / "host", Path(sys.executable)), str(site)
-
-
-def _joined(kitchen: Path) -> bytes:
-    """What `pack_kitchen` parted. Raises SetupError if a part has not arrived."""
-    parts = {path.suffix: path for path in kitchen.glob(f"*/{KITCHEN}.*-of-*")}
-    count = next((int(suffix.rpartition("-of-")[2]) for suffix in parts), 0)
-    names = [f".{number}-of-{count}" for number in range(1, count + 1)]
-    missing = [name[1:] for name in names if name not in parts]
-    if missing or not parts:
-        raise SetupError(f"{kitchen} lacks the part {', '.join(missing) or '1'} of ComfyUI's"
-                         " kernels. Carry its other folder in another call first.")
-    return b"".join(parts[name].read_bytes() for name in names)
 
 
 def _installed(name: str) -> str | None:

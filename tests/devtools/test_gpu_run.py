@@ -4,13 +4,13 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 
 import pytest
@@ -208,14 +208,15 @@ def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_fo
     packed = tmp_path / "packed"
     (packed / offline_bundle.WHEELS).mkdir(parents=True)
     (tmp_path / "requirements.txt").write_text("gguf==0.0.1\n")
-    with tarfile.open(packed / offline_bundle.HOST, "w:xz") as archive:
-        archive.add(tmp_path / "requirements.txt", "requirements.txt")
+    for name in (offline_bundle.HOST, offline_bundle.KITCHEN):
+        with tarfile.open(packed / name, "w:xz") as archive:
+            archive.add(tmp_path / "requirements.txt", "requirements.txt")
     wheel(packed / offline_bundle.WHEELS, "not_installed_here", "1.0")
     wheel(packed / offline_bundle.WHEELS, "gguf", "0.0.1")
     wheel(packed / offline_bundle.WHEELS, "numpy", "0.0.1")
     environment, site = offline_bundle.environment(packed, tmp_path)
     assert (environment.host / "requirements.txt").is_file()
-    assert sorted(os.listdir(site)) == ["gguf", "not_installed_here"]
+    assert sorted(os.listdir(site)) == ["gguf", "not_installed_here", "requirements.txt"]
     assert importlib.metadata.version("numpy") != "0.0.1"
 
 
@@ -235,32 +236,32 @@ def test_comfyui_imports_a_stand_in_for_what_nothing_on_a_bare_machine_runs(tmp_
     assert found.stdout.split() == ["False", "InputContainer"]
 
 
-def test_kernels_in_parts_are_joined_and_a_part_that_is_missing_is_named(tmp_path):
-    data = os.urandom(100)
-    for number, part in enumerate((data[:60], data[60:]), 1):
-        with pytest.raises(SetupError, match="lacks the part"):
-            offline_bundle._joined(tmp_path)
-        (tmp_path / str(number)).mkdir()
-        name = f"{offline_bundle.KITCHEN}.{number}-of-2"
-        (tmp_path / str(number) / name).write_bytes(part)
-    assert offline_bundle._joined(tmp_path) == data
-
-
 @pytest.mark.heavy
-def test_what_a_bare_machine_lacks_is_small(tmp_path):
-    packed, kitchen = tmp_path / "packed", tmp_path / "kitchen"
-    offline_bundle.pack(packed)
+def test_what_a_bare_machine_lacks_is_carried_at_once(tmp_path):
+    packed = tmp_path / "packed"
+    offline_bundle.pack(packed)  # refuses what does not fit beside the project's own files
     names = {file.name.split("-")[0] for file in (packed / offline_bundle.WHEELS).iterdir()}
-    assert {"gguf", "comfy_kitchen", "comfy_aimdo"} <= names and "av" not in names
-    size = sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
-    assert size < 12_000_000
-    offline_bundle.pack_kitchen(kitchen)
-    parts = list(kitchen.glob("*/*"))
-    assert len(parts) == 2 and all(part.stat().st_size <= 20_000_000 for part in parts)
-    with tarfile.open(fileobj=io.BytesIO(offline_bundle._joined(kitchen))) as archive:
+    assert {"gguf", "comfy_aimdo"} <= names and not {"av", "comfy_kitchen"} & names
+    with tarfile.open(packed / offline_bundle.KITCHEN) as archive:
         names = archive.getnames()
     assert any("backends/cuda/_C" in name for name in names)
-    assert "comfy_kitchen" not in names and not any("backends/hip/_C" in name for name in names)
+    assert not any("backends/hip/_C" in name for name in names)
+    with tarfile.open(packed / offline_bundle.HOST) as archive:
+        names = archive.getnames()
+    assert "./comfy/sd.py" in names and not any("_tokenizer/" in name for name in names)
+
+
+def test_comfyui_behind_a_link_is_packed_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "comfyui").mkdir()
+    (tmp_path / "comfyui" / "main.py").write_text("")
+    (tmp_path / "comfyui" / "requirements.txt").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "comfyui")
+    monkeypatch.setattr(offline_bundle, "prepare", lambda: types.SimpleNamespace(
+        host=tmp_path / "link", python=None))
+    monkeypatch.setattr(offline_bundle, "FURTHER", ())
+    offline_bundle.pack(tmp_path / "packed")
+    with tarfile.open(tmp_path / "packed" / offline_bundle.HOST) as archive:
+        assert "./main.py" in archive.getnames()
 
 
 @pytest.mark.heavy
