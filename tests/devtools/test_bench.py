@@ -16,7 +16,7 @@ from featherweight.ops.layers import int8
 HEAVY = ["compilers"]
 CASES = [
     "device", "shapes", "int8_error", "dequantize", "lora", "model", "step", "repack", "cpu",
-    "lcm", "attention", "comfy", "comfy_load", "comfy_lora",
+    "lcm", "attention", "comfy", "comfy_load", "comfy_lora", "roofline",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 

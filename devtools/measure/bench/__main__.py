@@ -6,7 +6,7 @@ alike: read the ratios, not the milliseconds. Leaves bench.json, bench.md and be
 import argparse
 from pathlib import Path
 
-from devtools.measure.bench import errors, files, layers, models, sd15
+from devtools.measure.bench import errors, files, layers, models, roofline, sd15
 from devtools.measure.figures import Report
 from devtools.measure.timing import (
     FORMATS,
@@ -23,7 +23,8 @@ import torch
 
 from devtools import ROOT
 
-CASES = {name.removeprefix("bench_"): case for module in (layers, models, sd15, files, errors)
+CASES = {name.removeprefix("bench_"): case
+         for module in (layers, models, sd15, files, errors, roofline)
          for name, case in vars(module).items() if name.startswith("bench_")}
 ON_A_CPU = {"attention", "compilers", "cpu", "lcm"}
 # takes minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
