@@ -1,9 +1,9 @@
 """Single layers with patches, of every kind and in formats of ours and of the host's, beside the
 dense ones they stand for."""
-import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, in_host_format
+from host_patches import patched_by_host
 from patched_models import packed_anyhow
 
 from featherweight.ops.layers.comfyui_operations import packed_operations
@@ -46,7 +46,7 @@ def layer_and_twin(name: str, format_name: str, kind: str | None, dtype: torch.d
         patches = patches_for(kind, values.shape)
         layer.lora = build_patches("weight", patches, values.shape, torch.device("cpu"), dtype,
                                    layer.has_branch)
-        values = comfy.lora.calculate_weight(patches, values, "weight")
+        values = patched_by_host(patches, values)
     function = getattr(torch.nn.functional, name.lower())
     return layer, lambda input: function(input, values, bias)
 

@@ -7,6 +7,7 @@ import random
 import comfy.lora
 import pytest
 import torch
+from host_patches import patched_by_host
 from patched_models import adapter, flux_file, flux_pair
 from safetensors.torch import save_file
 
@@ -47,7 +48,7 @@ def changed(report, name, strength=1.0):
     """The weight with the patches of a report, as the host and this pack compute it."""
     weight = weights()[name]
     value = report.patches[f"{PREFIX}{name}.weight"]
-    return comfy.lora.calculate_weight([(strength, value, 1.0, None, None)], weight.clone(), name)
+    return patched_by_host([(strength, value, 1.0, None, None)], weight, name)
 
 
 def error(found, expected, weight):

@@ -3,10 +3,10 @@ import gc
 import pickle
 import random
 
-import comfy.lora
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from host_patches import patched_by_host
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
@@ -384,7 +384,7 @@ def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
         start += len(part)
     layer.lora = build_patches("weight", patches, weight.shape, CPU, torch.float32)
     assert layer.lora.low_rank is not None and not layer.lora.weight_patches
-    values = comfy.lora.calculate_weight(patches, weight.dequantize(), "weight")
+    values = patched_by_host(patches, weight.dequantize())
     input = torch.randn(5, COLUMNS)
     with torch.no_grad():
         out, expected = layer(input), torch.nn.functional.linear(input, values)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
+from host_patches import patched_by_host
 
 from devtools.files.gguf_files import pack
 from featherweight.ops.formats.base import FORMATS
@@ -56,7 +57,8 @@ def patches_of(kind: str, seed: int = 0) -> list:
         "lora": LoRAAdapter(set(), (up, down, 1.5, None, None, None)),
         "loha": LoHaAdapter(set(), (up, down, None, up + 1, down - 1, None, None, None)),
         "dora": LoRAAdapter(set(),
-                            (up, down, 1.5, None, whole.flatten(1).norm(dim=1)[:, None], None)),
+                            (up, down, 1.5, None, whole.flatten(1).norm(dim=1)[:, None, None],
+                             None)),
         "diff": ("diff", (whole,)), "set": ("set", (whole,))
     }[kind]
     return [(0.7, value, 1.0, None, None)]
@@ -80,7 +82,7 @@ def test_only_the_experts_asked_for_are_dequantized(kinds, is_resident, dequanti
     patches = [patch for seed, kind in enumerate(kinds) for patch in patches_of(kind, seed)]
     ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32,
                               ours.has_branch)
-    hosts.weight.data = comfy.lora.calculate_weight(patches, hosts.weight.data, "w")
+    hosts.weight.data = patched_by_host(patches, hosts.weight.data)
     input = torch.randn(3, COLUMNS)
     with ours.bank_resident(input) if is_resident else contextlib.nullcontext(ours) as bank:
         for count, expert in enumerate((1, 4, 2), 1):
@@ -98,7 +100,7 @@ def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident
     patches = patches_of("dora")
     ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32,
                               ours.has_branch)
-    hosts.weight.data = comfy.lora.calculate_weight(patches, hosts.weight.data, "w")
+    hosts.weight.data = patched_by_host(patches, hosts.weight.data)
     input = torch.randn(3, COLUMNS)
     with ours.bank_resident(input) as bank:
         for expert in range(EXPERTS):
@@ -117,7 +119,7 @@ def test_dense_experts_take_patches_too():
     ours.load_state_dict({"weight": weight})
     ours.lora = build_patches("w", patches, weight.shape, torch.device("cpu"), torch.float32,
                               ours.has_branch)
-    patched = comfy.lora.calculate_weight(patches, weight.clone(), "w")
+    patched = patched_by_host(patches, weight)
     assert relative_error(ours.expert_linear(input, 3), input @ patched[3].t()) < 1e-6
     assert torch.equal(ours.weight, weight)
 

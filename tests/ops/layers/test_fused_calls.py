@@ -9,6 +9,7 @@ import comfy.ops
 import pytest
 import torch
 from host_formats import HOST_FORMATS
+from host_patches import patched_by_host
 from linear_calls import ACTIVATIONS, FUSED, HELPER, SHAPES, activate, linear_calls
 from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for
 
@@ -57,7 +58,7 @@ def dense_layer(kind: str, patches: str | None):
         given = patches_for(patches, weight.shape)
         layer.lora = build_patches("weight", given, weight.shape, torch.device("cpu"),
                                    torch.float32, layer.has_branch)
-        weight = comfy.lora.calculate_weight(given, weight.clone(), "weight")
+        weight = patched_by_host(given, weight)
     return layer, lambda input: torch.nn.functional.linear(input, weight, bias)
 
 

@@ -2,13 +2,13 @@
 take as many launches as one does, and leave the weights as they are."""
 import random
 
-import comfy.lora
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from comfy_kitchen.tensor import get_layout_class
 from host_formats import HOST_VARIANTS, by_kitchen, in_host_format
+from host_patches import patched_by_host
 from kernel_cases import cpu_kernels
 from lora_gain import Gain
 
@@ -63,7 +63,7 @@ def with_patches(layer, patches: list):
 
 
 def change_of(patches: list, values: torch.Tensor) -> torch.Tensor:
-    return comfy.lora.calculate_weight(patches, values.clone(), "weight") - values
+    return patched_by_host(patches, values) - values
 
 
 # --- strength ---

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 from comfy.ops import manual_cast
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from host_patches import patched_by_host
 from patched_models import (
     FORMAT_NAMES,
     KINDS,
@@ -190,7 +191,7 @@ def test_patches_on_packed_convolutions(convolution, kind):
     patches = [(0.9, value, 1.0, None, None)]
     layer.lora = build_patches("w.weight", patches, weight.shape, torch.device("cpu"),
                                torch.float32, layer.has_branch)
-    merged = comfy.lora.calculate_weight(patches, dense.clone(), "w.weight")
+    merged = patched_by_host(patches, dense, "w.weight")
     twin = getattr(manual_cast, name)(32, 64, kernel, dtype=torch.float32)
     twin.load_state_dict({"weight": merged, "bias": torch.ones(64)})
     input = torch.randn(input_shape)
@@ -284,7 +285,7 @@ def test_glora_of_any_rank_does_to_a_packed_weight_what_the_host_does_to_a_dense
         None,
     )
     with caplog.at_level(logging.WARNING):
-        expected = comfy.lora.calculate_weight([patch], dense.clone(), "w")
+        expected = patched_by_host([patch], dense)
         host_failed = bool(caplog.records)
         layer_patches = build_patches("w", [patch], dense.shape, torch.device("cpu"), torch.float32)
     assert host_failed == (layer_patches is None) == torch.equal(expected, dense)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
 from host_formats import TABLE_FORMATS, in_host_format
+from host_patches import patched_by_host
 from lora_gain import NORMS, OUTPUTS, Gain, assert_full_strength
 from patched_models import (
     adapter,
@@ -119,7 +120,7 @@ def with_patch(layer, value):
             return layer(input)
 
     def weight_change(strength):
-        return comfy.lora.calculate_weight(hosts(strength), dense.clone(), "w") - dense
+        return patched_by_host(hosts(strength), dense) - dense
 
     return run, weight_change, (dense.norm() / weight_change(1).norm()).item()
 
