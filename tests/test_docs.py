@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from devtools.measure import model_sizes
+from devtools.measure.bench import roofline
 
 import comfy.cli_args
 import pytest
@@ -216,8 +217,9 @@ def title_in_files(encoder: str) -> str:
         "Qwen2.5 ", "Qwen2.5-VL ")
 
 
-@pytest.mark.parametrize("make", model_sizes.TABLES, ids=lambda make: make.__name__)
-def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
+@pytest.mark.parametrize("make", [*model_sizes.TABLES, roofline.table],
+                         ids=lambda make: make.__qualname__)
+def test_the_choosing_page_has_the_tables_that_dev_py_prints(make):
     if make is model_sizes.accuracy_table:
         pytest.importorskip("bitsandbytes")
     assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from devtools.measure.step_traffic import LAYERS, count_step
 
+from devtools import markdown_table
+
 SHARE = 0.75
 # (title, arguments of `count_step`)
 WAYS = {"exact": ("Q4_K", False, 0), "exact, two LoRAs": ("Q4_K", False, 2),
@@ -59,6 +61,13 @@ def step_seconds() -> dict[str, dict[str, float]]:
             found[name][way] = card.seconds(
                 operations, nbytes[way if is_fast else way.replace("fast", "exact")], is_fast)
     return found
+
+
+def table() -> str:
+    """Returns the table of docs/choosing.md."""
+    rows = [[card, *(f"{seconds:.2f}" for seconds in ways.values())]
+            for card, ways in step_seconds().items()]
+    return markdown_table(["seconds", *WAYS], rows)
 
 
 def bench_roofline(options):
