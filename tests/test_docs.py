@@ -348,7 +348,8 @@ def test_the_readme_says_what_flux_takes():
 
 
 def test_every_page_and_text_calls_the_commands_alike():
-    """pack.py and batch.py are run from ComfyUI's folder, with its Python."""
+    """pack.py and batch.py are run from ComfyUI's folder, with its Python; the portable version's
+    from its own."""
     paths = [ROOT / name for name in ("pack.py", "batch.py", "README.md", "CONTRIBUTING.md")]
     for folder, suffix in (("docs", "md"), ("nodes/web/docs", "md"), ("example_workflows", "json"),
                            ("subgraphs", "json"), ("locales", "json")):
@@ -358,8 +359,10 @@ def test_every_page_and_text_calls_the_commands_alike():
         path.read_text(encoding="utf-8"))]
     assert len(calls) > 4
     for call in calls:
-        assert re.fullmatch(r"`?python custom_nodes/ComfyUI-Featherweight/(pack|batch)\.py ",
-                            call), call
+        assert re.fullmatch(
+            r"`?(python custom_nodes/ComfyUI-Featherweight/"
+            r"|\.\\python_embeded\\python\.exe ComfyUI\\custom_nodes\\ComfyUI-Featherweight\\)"
+            r"(pack|batch)\.py ", call), call
 
 
 def test_the_readme_names_what_is_needed_and_which_compilers_are_looked_for():
