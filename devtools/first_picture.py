@@ -23,6 +23,7 @@ FACTS = "Featherweight"  # the text in the PNG, as JSON
 NODES = (404, 80, 1320, 752)  # left, top, right and bottom of the nodes on the screenshot
 COLORS = 128
 TEXT = "$$node-text-preview"  # the widget in which the editor shows a text of a node
+QUEUE = "document.querySelector('[data-testid=queue-button]')"
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')?.imgs?.[0]?.naturalWidth"
 VALUES = """Object.fromEntries(app.graph.nodes.filter(node => node.type !== 'MarkdownNote').map(
   node => [node.type, (node.widgets ?? []).map(each => [each.name, each.value])]))"""
@@ -48,8 +49,9 @@ def main():
             browser.open_editor(server)
             browser.drop(WORKFLOW)
             browser.wait_for("app.graph.nodes.some(node => node.type === 'SaveImage')")
-            browser.evaluate("app.queuePrompt(0)")
-            browser.wait_for(SAVED, 600)
+            time.sleep(5)  # until the editor has opened it: what runs before shows no image
+            browser.click_on(QUEUE)
+            browser.wait_for(SAVED, 1200)
             time.sleep(1)  # what it draws last
             save(browser.screenshot(), shown_values(browser))
     print(f"Done: {FIRST_PICTURE}")
