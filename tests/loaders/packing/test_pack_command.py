@@ -215,7 +215,8 @@ def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
 def test_comfyuis_own_types_go_into_safetensors(source, tmp_path, pack, kind):
     code, said = pack(source / "fp8.safetensors", tmp_path / "a.safetensors", "--type", kind,
                       "--lora", source / "lora 1.safetensors")
-    share, = re.findall(r"LoRA 1 \(strength 1\): ([\d.]+)%", said.partition("For the model card")[0])
+    report = said.partition("For the model card")[0]
+    share, = re.findall(r"LoRA 1 \(strength 1\): ([\d.]+)%", report)
     assert code == 0 and said.splitlines()[-1].startswith(f"Done: {tmp_path / 'a.safetensors'}: ")
     assert float(share) == pytest.approx(100, abs=10) and f"\n{kind}" in said
     model = comfy.sd.load_diffusion_model(str(tmp_path / "a.safetensors"))
