@@ -8,7 +8,7 @@ from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
 from ..loaders.lora.report_chart import report_picture
 from ..loaders.paths.folders import LORA_FOLDERS, find_file
-from .file_inputs import list_options
+from .file_inputs import file_input, list_options
 from .node_text import show_text
 
 
@@ -37,9 +37,9 @@ class CheckLora(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model to compare the LoRA with. It is not changed."
                 ),
-                io.Combo.Input(
+                file_input(
                     "lora_name",
-                    options=list_options(*LORA_FOLDERS),
+                    list_options(*LORA_FOLDERS),
                     display_name="lora",
                     tooltip="A file in models/loras; GGUF adapters work too.",
                 ),

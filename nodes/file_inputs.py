@@ -5,13 +5,19 @@ input that it is not in the list, from which the editor offers the file that a w
 for.
 """
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
+
+from comfy_api.latest import io
 
 from ..loaders.paths.folders import list_files, list_model_folders, validate_files
 from ..ops.log import log
 from .comfyui_server import log_lack
+
+# What the editor (`web/saved_values.js`) shows where an input has no options begins with the first;
+# the second is its key in the input's description.
+ADD_A_FILE, NO_OPTIONS = "add a file to models/", "without_options"
 
 # the prompt that is being validated, in API format
 PROMPT: ContextVar[Any] = ContextVar("PROMPT", default=None)
@@ -22,7 +28,11 @@ class Options(list):
 
     The host asks with `in` whether it accepts a value. For its description of a node it copies the
     options with one argument, as dataclasses do.
+
+    settings: what the input's description has besides.
     """
+
+    settings: Mapping[str, str] = {}
 
     def __init__(self, options: Iterable[str], accepts: Callable[[Any], bool] | None = None):
         super().__init__(options)
@@ -59,12 +69,29 @@ def file_options(options: Iterable[str], keys: Iterable[str]) -> Options:
         keys: of the folders to look in.
     """
     def is_found(name) -> bool:
+        if name in files.settings.values():
+            return False
         found = validate_files(name, keys=keys)
         if found is not True:
             log.warning("%s", found)
         return found is True
 
-    return Options(options, is_found)
+    files = Options(options, is_found)
+    if not files:
+        folder = next(key for key in keys if not key.endswith("_gguf"))
+        files.settings = {NO_OPTIONS: f"{ADD_A_FILE}{folder}, then press R"}
+    return files
+
+
+def file_input(name: str, options: Options, **settings: Any):
+    """Returns an input with a choice of files, which says what to do where there is none.
+
+    Args:
+        name: id of the input.
+        options: of `file_options`.
+        settings: further ones of the host's class.
+    """
+    return io.Combo.Input(name, options=options, extra_dict=dict(options.settings), **settings)
 
 
 def list_options(*keys: str, model_class: re.Pattern | None = None) -> Options:

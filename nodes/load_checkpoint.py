@@ -10,7 +10,7 @@ from ..loaders.paths.folders import (
     list_files,
     list_pipeline_folders,
 )
-from .file_inputs import file_options
+from .file_inputs import file_input, file_options
 from .load_diffusion_model import (
     DEFAULT_SIZE,
     NO_CHANGE,
@@ -48,9 +48,9 @@ class LoadCheckpoint(io.ComfyNode):
                 *CHECKPOINT_WORDS,
             ],
             inputs=[
-                io.Combo.Input(
+                file_input(
                     "checkpoint_name",
-                    options=file_options(
+                    file_options(
                         [*list_files(*FOLDERS), *list_pipeline_folders(*FOLDERS)], FOLDERS),
                     display_name="checkpoint",
                     tooltip="A file in models/checkpoints, or a diffusers package (a folder with"

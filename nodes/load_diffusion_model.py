@@ -18,7 +18,7 @@ from ..loaders.models.fit_device import FIT, faster_type_text
 from ..loaders.models.pack_on_load import LOAD_TYPES, PackTo
 from ..loaders.paths.folders import DIFFUSION_MODEL, find_file, list_files
 from .added_inputs import added_combo
-from .file_inputs import file_options, list_options
+from .file_inputs import file_input, file_options, list_options
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
 from .search_words import MODEL_WORDS, family_aliases
@@ -70,13 +70,9 @@ def pack_to_input(what: str, fits: bool = False):
 
 
 def size_input(tooltip: str = "With mix for a size at pack to: how large the weights may be in"
-               " memory, in GB of 10^9 bytes; 6 by default.", is_advanced: bool = True):
-    """Returns the input for the size that is met with MIX.
-
-    Args:
-        tooltip: the text.
-        is_advanced: whether it is among the advanced inputs.
-    """
+               " memory, in GB of 10^9 bytes; 6 by default."):
+    """Returns the input for the size that is met with MIX, which `web/input_visibility.js` shows
+    only where that is chosen. tooltip: the text."""
     return io.Float.Input(
         "size_gb",
         default=DEFAULT_SIZE,
@@ -84,7 +80,6 @@ def size_input(tooltip: str = "With mix for a size at pack to: how large the wei
         max=1000.0,
         step=0.001,
         optional=True,
-        advanced=is_advanced,
         display_name="size in GB",
         tooltip=tooltip,
     )
@@ -168,9 +163,9 @@ class LoadDiffusionModel(io.ComfyNode):
                 *MODEL_WORDS,
             ],
             inputs=[
-                io.Combo.Input(
+                file_input(
                     "model_name",
-                    options=list_options(*FOLDERS, model_class=DIFFUSION_MODEL),
+                    list_options(*FOLDERS, model_class=DIFFUSION_MODEL),
                     display_name="model",
                     tooltip="A file in models/diffusion_models or models/unet, or a folder that"
                     " diffusers saved there (…/transformer).",

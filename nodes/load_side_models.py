@@ -13,7 +13,7 @@ from ..loaders.paths.folders import (
     MODEL_PATCH,
     find_file,
 )
-from .file_inputs import list_options
+from .file_inputs import file_input, list_options
 from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -36,9 +36,9 @@ def _inputs(name: str, folders: tuple[str, ...], model_class: re.Pattern, title:
         saved_by: the library that saves it as a folder.
     """
     return [
-        io.Combo.Input(
+        file_input(
             name,
-            options=list_options(*folders, model_class=model_class),
+            list_options(*folders, model_class=model_class),
             display_name=title,
             tooltip=f"A file in models/{folders[-1]}, or a folder that {saved_by} saved there.",
         ),

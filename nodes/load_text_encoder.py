@@ -12,7 +12,7 @@ from ..loaders.paths.folders import (
     list_model_folders,
 )
 from .combo_options import encoder_types
-from .file_inputs import file_options, open_options
+from .file_inputs import file_input, file_options, open_options
 from .load_diffusion_model import (
     DEFAULT_SIZE,
     NO_CHANGE,
@@ -75,9 +75,9 @@ class LoadTextEncoder(io.ComfyNode):
                 *ENCODER_WORDS,
             ],
             inputs=[
-                io.Combo.Input(
+                file_input(
                     "text_encoder_1",
-                    options=file_options(encoders, FOLDERS),
+                    file_options(encoders, FOLDERS),
                     display_name="text encoder",
                     tooltip="A file in models/text_encoders or models/clip, or a folder that"
                     " transformers saved there (…/text_encoder_2).",

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.devices import CPU
 from ..loaders.models.placement import place_clip
-from .place_model import ALL, AUTOMATIC, place_and_report, placing_inputs
+from .place_model import ALL, AUTOMATIC, place_and_report, placing_inputs, validate_sizes
 
 
 class PlaceTextEncoder(io.ComfyNode):
@@ -41,8 +41,7 @@ class PlaceTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, gpu_weights=None, store=None, store_gb=None):
-        # devices that this machine lacks are reported when the node runs; the model still runs
-        return True
+        return validate_sizes(gpu_weights, store_gb)
 
     @classmethod
     def execute(cls, clip, gpu_weights=AUTOMATIC, store=str(CPU), store_gb=ALL) -> io.NodeOutput:

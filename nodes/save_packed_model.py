@@ -111,7 +111,7 @@ class SavePackedModel(io.ComfyNode):
                     " that ComfyUI loads by itself.",
                 ),
                 size_input("With mix for a size: the largest size the file may have, in GB of 10^9"
-                           " bytes; 6 by default.", is_advanced=False),
+                           " bytes; 6 by default."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",

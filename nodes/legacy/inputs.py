@@ -66,6 +66,7 @@ class LegacyInput:
         if self.options:
             options = self.options()
             settings["options"] = options if isinstance(options, list) else list(options)
+            settings["extra_dict"] = dict(getattr(options, "settings", {}))
         if not self.required:
             settings["optional"] = True
         tooltip = f"Kept for old workflows. {self.tooltip}" if self.unused else self.tooltip

@@ -1,9 +1,9 @@
 // Values of saved workflows that have other words here: names of model files from another system, and options of earlier versions.
-// Where a workflow writes flux\model.gguf and this system lists flux/model.gguf, or the reverse, this pack's loaders take the listed
+// An input without options says what to do. Where a workflow writes flux\model.gguf and this system lists flux/model.gguf, or the reverse, this pack's loaders take the listed
 // name. The server understands either; the editor would call a file missing, and show a word that its list has not.
 import { app } from "../../scripts/app.js";
 
-const CATEGORY = "Featherweight";
+const CATEGORY = "Featherweight", NO_FILE = "add a file to models/"; // the second is shown where no file was there yet
 
 /** The node and widget of this pack that hold a value: the given ones, or those that a subgraph shows through them. */
 function own(node, widget) {
@@ -33,12 +33,13 @@ function takeTodaysValues(node, definitions = {}) {
     const [type, settings] = described(definitions[node.type], widget.name);
     if (type === "COMBO,STRING") widget.options.values = settings.options; // the editor does this for COMBO alone
     const found = own(node, widget);
-    const values = found?.widget.options?.values;
-    if (!Array.isArray(values) || values.includes(widget.value)) continue;
+    const values = found?.widget.options?.values, listed = Array.isArray(values) ? values : [];
+    if (!found || listed.includes(widget.value)) continue;
+    widget.value ??= described(found.node.constructor.nodeData, found.widget.name)[1]?.without_options;
     const renamed = renamedOptions(found);
     const today = Object.hasOwn(renamed, widget.value)
       ? renamed[widget.value]
-      : values.find((name) => withSlashes(name) === withSlashes(widget.value));
+      : widget.value?.startsWith?.(NO_FILE) ? listed[0] : listed.find((name) => withSlashes(name) === withSlashes(widget.value));
     if (today !== undefined) widget.value = today;
   }
 }

@@ -5,6 +5,8 @@ import contextvars
 import functools
 import json
 import os
+import re
+from pathlib import Path
 
 import folder_paths
 import pytest
@@ -12,8 +14,10 @@ from comfy_api.latest import io
 from model_folders import use_empty_folders
 from prompt_errors import LINK, NODES, errors_by_node, input_errors, prompt_errors
 
+from featherweight import nodes
 from featherweight.loaders.paths import folders
 from featherweight.nodes import FILE_INPUTS, load_diffusion_model, remote_prompts
+from featherweight.nodes.file_inputs import ADD_A_FILE, NO_OPTIONS
 
 NOT_LOOKED_AT = {"FeatherweightInspectModelFile"}  # where a model is connected it needs no file
 MISSING = "wan\\\\low noise.gguf"
@@ -42,6 +46,26 @@ def test_a_file_that_is_missing_is_told_at_its_own_input_before_anything_runs(no
         else:
             assert errors.keys() == {name}
         assert all("low noise.gguf" in message for message in errors.values())
+
+
+@pytest.mark.parametrize("node_id", WITH_FILES)
+def test_a_list_without_a_file_says_what_to_do_and_that_is_no_file(node_id, tmp_path, monkeypatch,
+                                                                   caplog):
+    use_empty_folders(tmp_path, monkeypatch, "vae_approx")
+    for input in NODES[node_id].define_schema().inputs:
+        if input.id not in pickers(NODES[node_id]):
+            continue
+        notice = input.as_dict().get(NO_OPTIONS)
+        assert (notice is None) == bool(input.options)
+        if notice is None:
+            continue
+        folder, = re.findall(rf"^{ADD_A_FILE}(\w+), then press R$", notice)
+        assert folder in folder_paths.folder_names_and_paths and f"models/{folder}" in input.tooltip
+        caplog.clear()
+        assert notice not in input.options and not caplog.text  # nobody looks for it
+    script = Path(nodes.__file__).parent / "web" / "saved_values.js"
+    text = script.read_text(encoding="utf-8")
+    assert f'NO_FILE = "{ADD_A_FILE}"' in text and NO_OPTIONS in text
 
 
 @pytest.mark.parametrize(("node_id", "names"), [

@@ -1,5 +1,7 @@
 """Place Model and Place Text Encoder: what they show while models run, and what they say to what
 cannot be."""
+import math
+import random
 import re
 
 import comfy.model_management
@@ -8,6 +10,7 @@ import pytest
 import torch
 from gpu_memory import larger_flux, sample, step
 from patched_models import packed_flux
+from prompt_errors import LINK, input_errors
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
@@ -86,10 +89,33 @@ def test_automatic_leaves_dynamic_vram_as_it_is(shown):
 
 @pytest.mark.parametrize("node", [PlaceModel, PlaceTextEncoder])
 def test_a_new_node_places_nothing_by_itself(node):
-    inputs = {one.id: one for one in node.define_schema().inputs}
+    inputs = {one.id: getattr(one, "input_override", one) for one in node.define_schema().inputs}
     assert [inputs[name].default for name in ("gpu_weights", "store", "store_gb")] == [
-        place_model.AUTOMATIC, "cpu", place_model.ALL]
-    assert inputs["gpu_weights"].min == place_model.AUTOMATIC == -1
+        "automatic", "cpu", "all"]
+
+
+@pytest.mark.parametrize("node", [PlaceModel, PlaceTextEncoder])
+@pytest.mark.parametrize(("name", "words"), [
+    ("gpu_weights", {"automatic": (-1, -1.0, "-1"), "all": (1000, 1000.0, "1000.0")}),
+    ("store_gb", {"all": (1000, 1000.0, "1000")}),
+])
+def test_a_size_is_a_number_or_a_word_and_the_numbers_of_earlier_workflows_mean_the_words(
+        node, name, words):
+    title, accepted = {"gpu_weights": ("GPU weights in GB", place_model.WORDS),
+                       "store_gb": ("at most there, in GB", place_model.STORE_WORDS)}[name]
+
+    def meaning(value):
+        return place_model.gigabytes(title, value, accepted)
+
+    for word, numbers in words.items():
+        assert {meaning(number) for number in numbers} == {meaning(word)}
+    size = round(random.uniform(0, 100), 3)
+    assert meaning(size) == meaning(str(size)) == size
+    node_id = node.GET_SCHEMA().node_id
+    for value in (*words, *sum(words.values(), ()), size, str(size), LINK):
+        assert name not in input_errors(node_id, **{name: value})
+    for value in ("much", "", "nan", math.inf, {}):
+        assert f"'{title}' is" in input_errors(node_id, **{name: value})[name]
 
 
 @DYNAMIC

@@ -15,8 +15,6 @@ from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.load_diffusion_model import size_in_bytes
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
-from featherweight.nodes.place_model import PlaceModel
-from featherweight.nodes.place_text_encoder import PlaceTextEncoder
 
 MISSING = object()
 VALUES = (MISSING, None, 5, ["a", "b", "c"], {"__value__": ["a"]}, {"a": 1})
@@ -103,9 +101,6 @@ def test_what_is_looked_at_when_a_node_runs_is_answered_in_a_sentence_too(value)
 @pytest.mark.parametrize(
     ("name", "run"),
     [
-        ("gpu_weights", lambda: PlaceModel.execute(None, math.nan)),
-        ("gpu_weights", lambda: PlaceTextEncoder.execute(None, math.nan)),
-        ("store_gb", lambda: PlaceModel.execute(None, 4.0, "cpu", math.nan)),
         ("virtual_vram_gb", lambda: multigpu.place_part(None, math.nan, ["cpu"], "", [])),
         ("strength_model", lambda: ApplyLora.execute(None, "lora.safetensors", math.nan)),
         ("strength_clip", lambda: ApplyLora.execute(None, "lora.safetensors", 1.0, math.nan)),

@@ -952,7 +952,7 @@ def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(fresh_editor,
     assert sent_by(editor)[str(save["id"])]["inputs"]["measurement"] == [str(measure["id"]), 0]
 
 
-def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(
+def test_options_of_earlier_versions_become_todays_and_a_size_is_hidden_where_it_is_not_used(
         editor, fresh):
     """In a workflow that is opened, through a subgraph, in a new node, and after a change."""
     workflow = json.loads(demo.MIX_WORKFLOW.read_text(encoding="utf-8"))
@@ -980,25 +980,25 @@ def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_i
     shown["widgets_values"][0] = "as it is"
     editor.open_workflow("earlier blueprint.json", json.dumps(workflow))
     assert "keep types" in [node["inputs"].get("type") for node in sent_by(editor).values()]
-    grey = """(type => {
+    hidden = """(type => {
       const widgets = node => ["pack_to", "type", "size_gb"].map(
         name => node.widgets.find(widget => widget.name === name)).filter(Boolean);
       const node = LiteGraph.createNode(type), [choice] = widgets(node);
       app.graph.add(node);
-      const isGrey = node => !!widgets(node).at(-1).disabled, seen = [isGrey(node)];
+      const isHidden = node => widgets(node).at(-1).hidden, seen = [isHidden(node)];
       for (const value of ["mix for a size", "Q4_K"]) {
         choice.value = value;
         choice.callback(value);
-        seen.push(isGrey(node));
+        seen.push(isHidden(node));
       }
       choice.value = "mix for a size";
       const opened = LiteGraph.createNode(type);
       app.graph.add(opened);
       opened.configure(node.serialize());
-      return [...seen, isGrey(opened), opened.serialize().widgets_values.includes(6)];
+      return [...seen, isHidden(opened), opened.serialize().widgets_values.includes(6)];
     })"""
     for node in ("LoadDiffusionModel", "LoadCheckpoint", "LoadTextEncoder", "SavePackedModel"):
-        assert editor.evaluate(f"{grey}('Featherweight{node}')") == [
+        assert editor.evaluate(f"{hidden}('Featherweight{node}')") == [
             True, False, True, False, True], node
 
 

@@ -158,7 +158,7 @@ def test_3_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser,
         browser.evaluate(f"app.canvas.centerOnNode({NODE}('{LOADER}'))")
         text = "document.querySelector('[data-node-id]').innerText.split('\\n')"
         face = {"model", "pack to"}
-        more = {"compute", "disable dynamic VRAM", "module", "size in GB"}
+        more = {"compute", "disable dynamic VRAM", "module"}
         becomes(browser, lambda: {*browser.evaluate(text)} & (face | more), face)
         keep(browser, "3 face")
         browser.click_on("[...document.querySelectorAll('[data-node-id] button')].find("
@@ -197,8 +197,8 @@ def test_5_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, m
         save.pos = [loader.pos[0], loader.pos[1] - save.size[1] - 120];
         loader.connect(0, save, 0);
     }})()""")
-    disabled = f"!!{NODE}('{SAVE}').widgets.find(widget => widget.name === 'size_gb').disabled"
-    assert page.evaluate(disabled)
+    hidden = f"{NODE}('{SAVE}').widgets.find(widget => widget.name === 'size_gb').hidden"
+    assert page.evaluate(hidden)
     page.evaluate(FIT_VIEW)
     keep(page, "5 to save")
     page.evaluate(LISTEN)
