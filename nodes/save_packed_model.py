@@ -17,6 +17,7 @@ from ..loaders.packing.planning.file_plan import (
     RENAMED_TYPES,
     SAVE_TYPES,
     SaveOptions,
+    best_mix,
     plan_file,
     reject_own_files,
     suffix_for,
@@ -47,16 +48,18 @@ from .node_text import show_text
 from .renamed_options import current, renamed_combo
 from .search_words import SAVING_WORDS
 
-# option -> types of ComfyUI's own with which the size is met
-SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
+HOST_MIX = f"{MIX}: ComfyUI's types"
+# option -> types of ComfyUI's own with which the size is met; None: the best two
+SIZES = {MIX: (), HOST_MIX: None, **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
 W4A4 = "convrot_w4a4"
-OFFERED = [*SAVE_TYPES, KEEP_TYPES, MIX, *HOST_TYPES, *[INT4_PRODUCT] * (W4A4 in HOST_TYPES),
-           *(option for option, mix in SIZES.items() if mix and set(mix) <= set(HOST_TYPES))]
-# with those that workflows may name and this ComfyUI does not read, which `plan_file` says
+OFFERED = [*SAVE_TYPES, KEEP_TYPES, MIX, HOST_MIX, *HOST_TYPES,
+           *[INT4_PRODUCT] * (W4A4 in HOST_TYPES)]
+# with those that workflows may name: two types by name, and what this ComfyUI does not read, which
+# `plan_file` says
 RENAMED_SAVE_TYPES = RENAMED_TYPES | {
-    option.replace(MIX, "size in GB", 1): option for option in SIZES
+    option.replace(MIX, "size in GB", 1): option for option in SIZES if option != HOST_MIX
 } | {option: option for option in (*ROW_TYPES, INT4_PRODUCT, *SIZES) if option not in OFFERED}
 RENAMED_LORAS = {"arrive whole": KEEP_QUALITY, "in the type asked for": KEEP_SIZE}
 RENAMED_MEASUREMENTS = {"": NONE}  # a text, in the place of the choice
@@ -106,9 +109,9 @@ class SavePackedModel(io.ComfyNode):
                     optional=True,
                     tooltip="The type of the large matrices; parts that must stay exact do so. Up"
                     " to Q2_K the file is a GGUF, with NF4 safetensors. keep types: each weight"
-                    " keeps its type. mix for a size: the best mix of types for the size in GB. The"
-                    " last ones are ComfyUI's own, alone or two for a size, in a safetensors file"
-                    " that ComfyUI loads by itself.",
+                    " keeps its type. mix for a size: the best mix of GGUF types, or of two of"
+                    " ComfyUI's, for the size in GB. The last ones are ComfyUI's own, in a"
+                    " safetensors file that ComfyUI loads by itself.",
                 ),
                 size_input("With mix for a size: the largest size the file may have, in GB of 10^9"
                            " bytes; 6 by default."),
@@ -256,17 +259,18 @@ class SavePackedModel(io.ComfyNode):
             model_source.notes += filter(None, [measuring_advice(loss)])
         filename_prefix = fill_in(filename_prefix, source_name(model),
                                   getattr(getattr(cls, "hidden", None), "prompt", None))
-        row_types = SIZES.get(type, ())
+        row_types, target, label = (), type, type.replace(" ", "_")
+        if type in SIZES:
+            target = size_in_bytes(size_gb, "the largest size the file may have")
+            row_types = SIZES[type]
+            if row_types is None:
+                row_types = best_mix(model_source, target, SaveOptions(measured))
+            label = "_".join([f"{size_gb:g}GB", *row_types])
 
         def new_job(source, prefix: str, label: str, target: str | int) -> tuple:
             suffix = suffix_for(source, target, row_types)
             return source, new_model_path(prefix, label, suffix, folder, not overwrite), target
 
-        if type in SIZES:
-            target = size_in_bytes(size_gb, "the largest size the file may have")
-            label = "_".join([f"{size_gb:g}GB", *row_types])
-        else:
-            target, label = type, type.replace(" ", "_")
         jobs = [new_job(model_source, filename_prefix, label, target)]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else source_of_encoders(clip)).items():

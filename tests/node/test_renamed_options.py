@@ -47,10 +47,10 @@ def test_these_options_have_new_words():
                                       ("gpu_weights", "1000", "all"), ("store_gb", "1000", "all"))},
         ("SavePackedModel", "type", "as it is"): "keep types",
         ("SavePackedModel", "type", "size in GB"): MIX,
-        **{("SavePackedModel", "type", kept): kept for kept in (
-            "asym_w4a8_int8", f"{MIX}: int8_convrot + asym_w4a8_int8")
-           if "asym_w4a8_int8" not in QUANT_ALGOS},
-        **{("SavePackedModel", "type", f"size in GB: {mix}"): f"{MIX}: {mix}" for mix in (
+        **{("SavePackedModel", "type", kept): kept for kept in ("asym_w4a8_int8",)
+           if kept not in QUANT_ALGOS},
+        **{("SavePackedModel", "type", f"{words}: {mix}"): f"{MIX}: {mix}"
+           for words in ("size in GB", MIX) for mix in (
             "int8_convrot + asym_w4a8_int8", "int8_convrot + convrot_w4a4", "int8_convrot + nvfp4",
             "float8_e4m3fn + nvfp4", "mxfp8 + nvfp4")},
         ("SavePackedModel", "loras", "arrive whole"): "keep LoRA quality (larger)",

@@ -20,6 +20,7 @@ from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning import file_plan
+from featherweight.loaders.packing.planning.file_plan import HOST_TYPES, MIXES
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes import save_packed_model
@@ -30,7 +31,7 @@ from featherweight.nodes.save_packed_model import (
     RENAMED_LORAS,
     SavePackedModel,
 )
-from featherweight.ops.packing.pack_types import ROW_TYPES
+from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -82,6 +83,8 @@ def test_a_type_is_offered_where_comfyui_reads_it_and_else_refused_in_a_sentence
     for option in of_kind:
         errors = prompt_errors(node_id, {"type": option})
         assert "type" not in [error["extra_info"].get("input_name") for error in errors]
+    assert [option for option in offered if option.startswith("mix for a size")] == [
+        "mix for a size", "mix for a size: ComfyUI's types"]
     if kind in list(offered):
         path, _ = saved(packed_flux("Q8_0"), kind)
         comfy.sd.load_diffusion_model(str(path))
@@ -90,6 +93,24 @@ def test_a_type_is_offered_where_comfyui_reads_it_and_else_refused_in_a_sentence
     for option in of_kind:
         with pytest.raises(PlanError, match=f"^This ComfyUI does not read {kind}. Update it, or"):
             saved(packed_flux("Q8_0"), option, size_gb=1.0)
+
+
+def test_one_choice_is_the_best_two_of_comfyuis_types_and_two_by_name_are_those_two(output):
+    model = packed_flux("Q8_0")
+    pairs = [pair for pair in MIXES if {*pair} <= {*HOST_TYPES}]
+    coarse = {pair: saved(model, pair[1])[0].stat().st_size / 1e9 for pair in pairs}
+    errors = {pair: [TYPES[name].relative_error for name in reversed(pair)] for pair in pairs}
+    fits_one, fits_all = min(coarse.values()) * 1.02, max(coarse.values()) * 1.2
+    for size in (fits_one, fits_all):
+        fitting = [pair for pair in pairs if coarse[pair] < size]
+        best = min(fitting, key=errors.get)
+        path, _ = saved(model, "mix for a size: ComfyUI's types", size_gb=size)
+        assert path.name.startswith(f"ComfyUI_{size:g}GB_{'_'.join(best)}_")
+        assert path.stat().st_size <= size * 1e9
+    pair = random.choice(pairs)
+    for words in ("mix for a size", "size in GB"):  # of earlier versions
+        path, _ = saved(model, f"{words}: {' + '.join(pair)}", size_gb=fits_all)
+        assert f"GB_{'_'.join(pair)}_" in path.name
 
 
 @pytest.mark.parametrize(("source", "target"), [

@@ -1,4 +1,5 @@
 """Plans a file before it is written: the types of its tensors, its size, and whether it can be."""
+import contextlib
 import os
 import time
 from collections import Counter
@@ -318,6 +319,25 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
         if pack_type(types[name]).bits_per_value() < pack_type(type_name).bits_per_value():
             types[name] = type_name
     return Plan(types)
+
+
+def best_mix(source: Source, nbytes: int, options: SaveOptions) -> tuple[str, ...]:
+    """Returns the one of `MIXES` that loses the least at a size, among those that this ComfyUI
+    reads: of those that fit the one with the most `signal_to_error`, the coarser type first; where
+    none fits, the smallest.
+
+    Args:
+        source: of the weights.
+        nbytes: of all tensors.
+        options: as for `plan_file`; their row types do not count.
+    """
+    mixes = sorted((mix for mix in MIXES if {*mix} <= {*HOST_TYPES}),
+                   key=lambda mix: [-TYPES[name].signal_to_error for name in reversed(mix)])
+    for mix in mixes:
+        with contextlib.suppress(PlanError):
+            make_plan(source, nbytes, replace(options, row_types=mix), safetensors=True)
+            return mix
+    return min(mixes, key=lambda mix: TYPES[mix[-1]].bits_per_value())
 
 
 def _plan_of_parts(source: Source, target: str | int, options: SaveOptions) -> Plan:
