@@ -35,7 +35,7 @@ class Progress:
     """
 
     def __init__(self, *stages: str):
-        self._heading = ""
+        self.heading = ""
         self._stages = stages
         self._bar = ProgressBar(len(stages) * STEPS)
         self._send_text = _text_sender() if _text_sender else lambda text: None
@@ -48,11 +48,11 @@ class Progress:
 
     def set_heading(self, text: str):
         """Shows a text above the stage from now on."""
-        self._heading = text
+        self.heading = text
         self._show_text(self._stages[self._finished])
 
     def _show_text(self, text: str):
-        self._send_text("\n".join(filter(None, [self._heading, text])))
+        self._send_text("\n".join(filter(None, [self.heading, text])))
 
     def track(self, items: Collection, sizes: Sequence[int] | None = None,
               heading: str = "") -> Iterator:
@@ -80,7 +80,7 @@ class Progress:
                     shown = time.monotonic()
                     self._show_text(f"{stage}: {_numbers(terminal)}")
         if heading:
-            self._heading = ""
+            self.heading = ""
         self.stage()
 
     def stage(self):

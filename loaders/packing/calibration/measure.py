@@ -5,11 +5,14 @@ times the difference between its packed and its own weight added to the layer's 
 weights are not replaced.
 """
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
+from ....ops.log import log
 from ....ops.packing.method_choice import output_errors
 from ....ops.packing.pack_types import ROW_TYPES, TYPES
 from ....ops.quantize.second_moments import SecondMoments
@@ -59,8 +62,17 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     order = torch.randperm(sampling.total, generator=torch.Generator().manual_seed(sampling.seed))
     chosen = set(order[:count].tolist())
 
+    started = 0.0
+
     def on_step(number: int, step: SamplingStep):
+        nonlocal started
         next(ticks, None)
+        if number == 1:  # the first step has loaded the model too
+            started = time.monotonic()
+        elif number == 2:
+            progress.set_heading(time_text(
+                time.monotonic() - started, sampling.total, count, layers, every_type))
+            log.info("Measuring %s.", progress.heading)
         collector.next_step(number)
         if number in chosen:
             steps.append(step)
@@ -106,6 +118,22 @@ def measurement_of(patcher, collector: Collector, progress: Progress, about: dic
     about = {"model": type(patcher.model).__name__, "columns_of_a_block": collector.block,
              UNUSED: by_it >= without} | about
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
+
+
+def time_text(seconds: float, steps: int, count: int, layers: Mapping[str, torch.nn.Linear],
+              every_type: bool) -> str:
+    """Returns how long a measurement takes, by the time of one call of the model.
+
+    Args:
+        seconds: of the call.
+        steps: that generate.
+        count, every_type: of THOROUGHNESS.
+        layers: name -> layer, that are measured.
+    """
+    types = [types_for(tuple(layer.weight.shape)) for layer in layers.values()]
+    calls = steps + count * (1 + sum(len(each) if every_type else bool(each) for each in types))
+    return (f"takes about {tqdm.format_interval(calls * seconds)}: {calls} calls of the model,"
+            f" {seconds:.2g} s each")
 
 
 def usual_steps(matrices: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import comfy.model_management
 import pytest
@@ -14,6 +15,7 @@ from patched_models import hooks_in, packed_flux
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from featherweight import nodes
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.calibration import measure as measuring
@@ -24,6 +26,7 @@ from featherweight.loaders.packing.calibration.measure import (
     THOROUGHNESS,
     Costs,
     measure,
+    usual_steps,
 )
 from featherweight.loaders.packing.calibration.moment_collector import (
     Collector,
@@ -200,6 +203,25 @@ def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
         found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
         assert len(runs) == of_each * len(found.costs)
     assert set(CHOICES) < THOROUGHNESS.keys() and CHOICES[0] == NORMAL
+
+
+@pytest.mark.parametrize("thoroughness", CHOICES)
+def test_the_time_is_said_before_by_one_timed_call_and_all_that_follow(thoroughness, monkeypatch):
+    patcher, headings, calls = patcher_of("sd1.5", monkeypatch), [], []
+    run = sampling.SamplingStep.run
+    monkeypatch.setattr(sampling.SamplingStep, "run",
+                        lambda self, model: calls.append(len(headings)) or run(self, model))
+    monkeypatch.setattr(measuring.Progress, "set_heading",
+                        lambda self, text: headings.append(text))
+    measure(patcher, small_drawing("sd1.5", steps=4), thoroughness)
+    heading, = headings
+    count, seconds = re.fullmatch(
+        r"takes about \d\d:\d\d: (\d+) calls of the model, ([\d.e-]+) s each", heading).groups()
+    assert int(count) == 4 + len(calls) and 0 < float(seconds) < 60
+    assert set(calls) <= {1}  # it was there before
+    page = Path(nodes.__file__).parent / "web" / "docs" / "FeatherweightMeasureSensitivity.md"
+    flux = usual_steps(504)
+    assert f"{flux:,} times, estimated {flux / 60:.0f} minutes" in page.read_text(encoding="utf-8")
 
 
 def correlated_inputs(columns: int, vectors: int) -> SecondMoments:
