@@ -100,25 +100,31 @@ def choose_compute(patcher: ModelPatcher, compute: str):
     dtype = compute_dtype(patcher, compute)
     if dtype is not None:
         patcher.model.manual_cast_dtype = dtype
-        _convert_16bit_weights(patcher.model.diffusion_model, dtype)
+        patcher.model.rounds_f16 = _convert_16bit_weights(patcher.model.diffusion_model, dtype)
     on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
     if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
         transformer_options = patcher.model_options["transformer_options"]
         transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
 
 
-def _convert_16bit_weights(network: torch.nn.Module, dtype: torch.dtype):
+def _convert_16bit_weights(network: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Converts 16-bit weights of another dtype once, to the values that each step would round them
-    to; where main memory is short they stay mapped from their file."""
+    to; where main memory is short they stay mapped from their file.
+
+    Returns:
+        Whether F16 weights lose digits by that.
+    """
     found = [(module, name, weight) for module in network.modules()
              for name, weight in module._parameters.items()
              if weight is not None and is_other_16bit(weight, dtype)]
     free: Any = comfy.model_management.get_free_memory(torch.device("cpu"))
+    is_rounded = bool(found) and dtype == torch.bfloat16
     if sum(weight.nbytes for *_, weight in found) > CONVERTED_SHARE * free:
-        return
+        return is_rounded
     for module, name, weight in found:
         module._parameters[name] = torch.nn.Parameter(
             convert_16bit(safe_detach(weight), dtype), requires_grad=False)
+    return is_rounded
 
 
 def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:

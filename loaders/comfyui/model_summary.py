@@ -100,6 +100,8 @@ def arithmetic_text(patcher) -> str | None:
     """
     dtype = _compute_dtype(patcher)
     within = f" in {dtype_name(dtype)}" if dtype else ""
+    if getattr(patcher.model, "rounds_f16", False):  # of `choose_compute`
+        within += ", to which F16 weights are rounded"
     device, usual = patcher.load_device, dtype or torch.float16
     found = (_product_of(layer, device, usual) for layer in patcher.model.modules())
     products = {product for product in found if product is not None}

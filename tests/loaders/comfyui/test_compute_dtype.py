@@ -16,6 +16,7 @@ from families import (
 )
 from patched_models import dense_flux, flux_file, relative, step
 
+from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui import compute as compute_module
 from featherweight.loaders.comfyui.compute import (
@@ -57,6 +58,18 @@ def test_a_cpu_that_multiplies_bfloat16_computes_in_it_as_exactly_as_a_gpu():
     expected = step(dense)
     dense.model.manual_cast_dtype = torch.bfloat16
     assert 0 < relative(step(model), expected) < 1.3 * relative(step(dense), expected)
+
+
+@pytest.mark.parametrize("plain", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("compute", ["exact", "float32"])
+def test_weights_that_lose_digits_in_bfloat16_are_told(plain, compute, tmp_path):
+    weights = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1)
+    write_gguf(tmp_path / "flux.gguf", weights, lambda name, values: (
+        "F32" if values.ndim < 2 else "Q8_0" if "blocks." in name else plain))
+    text = arithmetic_text(load_diffusion_model(str(tmp_path / "flux.gguf"), compute=compute))
+    expected = f"computes exactly in {'float32' if compute == 'float32' else 'bfloat16'}"
+    is_rounded = plain == "F16" and compute == "exact"
+    assert text == expected + (", to which F16 weights are rounded" if is_rounded else "")
 
 
 def test_a_cpu_without_computes_in_float32(monkeypatch):
