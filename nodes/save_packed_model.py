@@ -54,8 +54,8 @@ SIZES = {MIX: (), HOST_MIX: None, **{f"{MIX}: {' + '.join(mix)}": mix for mix in
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
 W4A4 = "convrot_w4a4"
-OFFERED = [*SAVE_TYPES, KEEP_TYPES, MIX, HOST_MIX, *HOST_TYPES,
-           *[INT4_PRODUCT] * (W4A4 in HOST_TYPES)]
+OFFERED = [*SAVE_TYPES, KEEP_TYPES, MIX, *HOST_TYPES, *[INT4_PRODUCT] * (W4A4 in HOST_TYPES),
+           HOST_MIX]
 # with those that workflows may name: two types by name, and what this ComfyUI does not read, which
 # `plan_file` says
 RENAMED_SAVE_TYPES = RENAMED_TYPES | {
