@@ -34,7 +34,8 @@ def load(server, loader, inputs, on_progress=None):
 @pytest.fixture
 def computes_in() -> str:
     """What a loader of a model says of its arithmetic."""
-    return r", computes exactly in b?float(?:16|32)"
+    return (r", computes exactly in b?float(?:16|32)"
+            r"(?:(?<=bfloat16), to which F16 weights are rounded)?")
 
 
 @pytest.mark.parametrize(("loader", "inputs"), LOADERS.items())

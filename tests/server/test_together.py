@@ -85,8 +85,10 @@ def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures
         users = [first.another_client(), first.another_client(), second, second.another_client()]
         drawn = list(pool.map(lambda user, graph: picture(user, graph), users, packed * 2))
         assert drawn == alone * 2
-    # beside the one entry lies when it was read, where one server was done before the other began
-    assert len(list((tmp_path / "packed").glob("featherweight-*.gguf"))) == 1
+    # beside the one entry lies when it was read, where one server was done before the other began;
+    # where a system makes no links, each server has a file of its own
+    entries = 1 if (tmp_path / "a" / "models").is_symlink() else 2
+    assert len(list((tmp_path / "packed").glob("featherweight-*.gguf"))) == entries
     assert not list((tmp_path / "packed").glob("*.part"))
 
 
