@@ -1,12 +1,20 @@
 """Names of model files: what is offered, what a name finds, and files that have become others of
 their names."""
+import random
 import unicodedata
+from pathlib import Path
 
 import folder_paths
 import pytest
 
 from featherweight.loaders.paths.file_versions import FileVersions
-from featherweight.loaders.paths.folders import find_file, list_files, validate_files
+from featherweight.loaders.paths.folders import (
+    find_file,
+    list_files,
+    new_sensitivity_path,
+    sensitivity_of,
+    validate_files,
+)
 
 
 @pytest.fixture
@@ -132,3 +140,22 @@ def test_a_name_with_accents_finds_its_file_in_either_form_of_unicode(
     assert replacements.update([name]) == 0
     path.write_bytes(b"12")
     assert replacements.update([name]) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_load_takes_the_newest_measurement_of_the_models_name_and_of_no_other(
+        seed, tmp_path, monkeypatch):
+    draw = random.Random(seed)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model = draw.choice(("flux1-dev", "m (copy)", "a.b+c", "Zoë 模型")) + "-Q8_0"
+    path = tmp_path / "elsewhere" / f"{model}.gguf"
+    assert sensitivity_of(path) is None  # there is no folder yet
+    newest = None
+    for _ in range(draw.randint(1, 12)):
+        newest = Path(new_sensitivity_path(model))
+        newest.write_bytes(b"")
+    assert newest is not None
+    for other in (f"{model}2_00099_", f"x{model}_00099_", f"{model}_0099_", f"{model}_00099_x"):
+        newest.with_name(f"{other}.sensitivity").write_bytes(b"")
+    newest.with_name(f"{model}_00099_.gguf").write_bytes(b"")
+    assert sensitivity_of(path) == str(newest)
