@@ -202,7 +202,7 @@ for _name in NAMES:
 
 
 @target
-def comfyui(folder: Path) -> Target:
+def comfy_quant(folder: Path) -> Target:
     """Weights in ComfyUI's own quantised formats"""
     import torch
     from host_formats import ASYMMETRIC, HOST_VARIANTS, in_host_format
