@@ -13,6 +13,7 @@ from pathlib import Path
 import tomllib
 
 from devtools import ROOT
+from devtools.commands import WHOLE_FILES, processes
 from devtools.host.environment import DEV, EXTRAS, OPTIONAL, SetupError, pip, read
 from devtools.host.server import HOST, PACK
 from devtools.windows import portable, python
@@ -37,7 +38,7 @@ CHECK = "import numpy; import torch; import ssl"  # one that fails is in the tra
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the tests of files and folders, by default `FOLDERS`.
+    """Runs the tests of files and folders, by default `FOLDERS`, of which it runs what a day draws.
 
     Returns pytest's exit code, 1 if a test of known.toml passes, 2 if the lane cannot be made.
     """
@@ -50,11 +51,12 @@ def main(arguments: list[str]) -> int:
     report = LANE / "report.txt"
     report.unlink(missing_ok=True)
     is_whole = all(name.startswith("-") for name in arguments)
-    tests = [*arguments, *(FOLDERS if is_whole else ())]
+    whole = "-n", str(processes()), *WHOLE_FILES, "--drawn", *FOLDERS
+    tests = [*arguments, *(whole if is_whole else ())]
     print("Running the tests on Windows", flush=True)
     code = run("-m", "pytest", "-p", "no:cacheprovider", "-p", "devtools.windows.outcomes",
                "--continue-on-collection-errors", *tests,
-               FEATHERWEIGHT_OUTCOMES=windows_path(report))
+               FEATHERWEIGHT_OUTCOMES=windows_path(report), OMP_NUM_THREADS="1")
     code = judge(read(report), tomllib.loads(read(KNOWN)), code)
     return code or (draw_in_portable() if is_whole else 0)
 
