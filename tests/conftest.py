@@ -1,4 +1,5 @@
 """The host, the pack and what every test may ask for."""
+import collections
 import ctypes
 import functools
 import gc
@@ -95,6 +96,15 @@ def pytest_sessionfinish():
 
 def pytest_runtest_logreport(report):
     fake_gpus.report(report)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests were skipped, and why, the most first."""
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped") if isinstance(report.longrepr, tuple))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @pytest.hookimpl(wrapper=True)
