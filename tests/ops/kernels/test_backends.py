@@ -6,7 +6,6 @@ Cases that differ from another one in one respect only are heavy: a CPU dequanti
 float32, the others one of each source, and other dtypes and kernels run with a few formats.
 """
 import logging
-import sys
 
 from devtools.measure.weights import random_weight
 
@@ -32,6 +31,7 @@ from kernel_cases import (
     shared_cache,
 )
 from lora_gain import assert_full_strength
+from python_calls import python_calls
 
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
@@ -330,21 +330,9 @@ def test_a_layer_makes_few_calls_of_python(used_by_device, name, tokens, monkeyp
     layer = Linear(512, 256)
     layer.weight, layer.bias = (torch.nn.Parameter(tensor, requires_grad=False)
                                 for tensor in (weight, torch.zeros(256)))
-    input, calls = torch.randn(tokens, 512), []
-
-    def count(frame, event, _):
-        if event == "call":
-            calls.append(f"{frame.f_code.co_filename} {frame.f_code.co_name}")
-
     with torch.inference_mode():
-        for _ in range(2):
-            layer(input)
-        sys.setprofile(count)
-        try:
-            layer(input)
-        finally:
-            sys.setprofile(None)
-    assert len(calls) <= MOST_CALLS, "\n".join(calls)
+        calls = python_calls(layer, torch.randn(tokens, 512))
+    assert sum(calls.values()) <= MOST_CALLS, "\n".join(calls.elements())
 
 
 @of(MAIN[:3])
