@@ -1,6 +1,7 @@
 """python3 dev.py gpu: stages one after another. Those that take the same ComfyUI share a process; a
 crash or a hang costs its stage only."""
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -61,13 +62,14 @@ def main() -> int:
         # a rehearsal shares its processor with others: 13 s became 61
         left = min(stage.seconds * (4 if on_a_cpu else 1), end - time.monotonic())
         if left < 1:
-            continue
+            break
         report.begin(name, stage.about)
         started = time.monotonic()
         if child is None or child.needs(stage):
             if child is not None:
                 child.end()
-            alike = [other for other in names[index:] if not Child.differ(STAGES[other], stage)]
+            alike = itertools.takewhile(
+                lambda other, first=stage: not Child.differ(STAGES[other], first), names[index:])
             child = Child([*alike, *quick], "--cpu" if on_a_cpu else stage.arguments, stage,
                           options.out / "log.txt")
         how = child.run(left, lambda title, row, name=name: _add(report, name, title, row))
