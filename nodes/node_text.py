@@ -29,9 +29,9 @@ JOINER = "\u2060"  # has no width; what stands beside it is no markup
 # Where a name could be markup of the editor, which shows links and in one design Markdown. Nothing
 # else is marked, so that what is copied can be found.
 MARKUP = re.compile("|".join((
-    r"^(?=[ \t]*(?:[-+#=|:]|\d+[.)])| {4}|\t)",  # lists, titles, tables, code
+    r"^(?=[ \t]*(?:[-+#=|:]|\d+[.)])| {4}| {0,3}\t)",  # lists, titles, tables, code
     r"(?<![^\W_])(?=_)|(?<=_)(?![^\W_])",  # emphasis
-    r"(?<=\])(?=[(\[:])|(?<=!)(?=\[)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=@)",  # links, images
+    r"(?<=\])(?=[(\[:])|(?<=[!\[])(?=\[)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=@)",  # links, images
     r"(?<=\\)(?=[!-/:-@\[-_{-~])|(?<=&)(?=[#\w])")), re.MULTILINE | re.IGNORECASE)  # escapes
 LOOKALIKES = str.maketrans("<>*`~", "‹›∗‘∼")
 MAX_LENGTH = 20_000  # characters of a text
@@ -125,8 +125,7 @@ set_text_sender(functools.partial(text_sender, is_kept=False))
 def editor_text(text: str) -> str:
     """Returns a text as the editor gets it, which shows links, and in one design Markdown: names,
     which may come from files, are no markup, and lines are lines."""
-    plain = text.translate(LOOKALIKES).replace("[[", "[ [")
-    return MARKUP.sub(JOINER, plain).replace("\n", LINE_BREAK)
+    return MARKUP.sub(JOINER, text.translate(LOOKALIKES)).replace("\n", LINE_BREAK)
 
 
 def loader_output(*notes: str | None, **parts) -> tuple:

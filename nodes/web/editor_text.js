@@ -3,12 +3,12 @@
 
 const JOINER = "\u2060"; // has no width; what stands beside it is no markup
 const MARKUP = new RegExp([
-  /^(?=[ \t]*(?:[-+#=|:]|\d+[.)])| {4}|\t)/,
+  /^(?=[ \t]*(?:[-+#=|:]|\d+[.)])| {4}| {0,3}\t)/,
   /(?<![\p{L}\p{N}])(?=_)|(?<=_)(?![\p{L}\p{N}])/u,
-  /(?<=\])(?=[(\[:])|(?<=!)(?=\[)|(?<=:)(?=\/\/)|(?<=www)(?=\.)|(?<=@)/u,
+  /(?<=\])(?=[(\[:])|(?<=[!\[])(?=\[)|(?<=:)(?=\/\/)|(?<=www)(?=\.)|(?<=@)/u,
   /(?<=\\)(?=[!-/:-@\[-_{-~])|(?<=&)(?=[#\p{L}\p{N}_])/u,
 ].map(({ source }) => source).join("|"), "gimu");
 const LOOKALIKES = { "<": "‹", ">": "›", "*": "∗", "`": "‘", "~": "∼" };
 
-export const editorText = (message) => message.trim().replace(/[<>*`~]/g, (mark) => LOOKALIKES[mark]).replaceAll("[[", "[ [")
+export const editorText = (message) => message.trim().replace(/[<>*`~]/g, (mark) => LOOKALIKES[mark])
   .replace(MARKUP, JOINER).replaceAll("\n", "  \n");

@@ -269,7 +269,7 @@ def test_what_is_copied_from_a_text_is_what_it_says(text):
 
 
 PIECES = [*"aZ9é模_*`~#-+=|:./\\[]()!<>&@;x \n\t2", "http://a.b", "www.a.de", "a@b.de", "**", "__",
-          "![", "](", "~~", "&lt;", "&#60;", "    ", "\n- ", "\n\n1. ", "\n|---|\n"]
+          "![", "](", "[[", "~~", "&lt;", "&#60;", "    ", "\n- ", "\n\n1. ", "\n|---|\n"]
 
 
 @pytest.fixture(scope="module")
