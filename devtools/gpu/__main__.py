@@ -114,7 +114,8 @@ class Child:
         self._process = start_process(
             sys.executable, "-m", "devtools.gpu.stages", *arguments, cwd=ROOT, text=True, bufsize=1,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
+            env={"FEATHERWEIGHT_KERNELS": "untried", **os.environ, "PYTHONUNBUFFERED": "1",
+                 "HOST_ARGUMENTS": host_arguments,
                  "XDG_CACHE_HOME": str(log.parent / "cache")})
         self.is_running = True
 

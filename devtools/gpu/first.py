@@ -4,6 +4,7 @@ other streams work.
 
 It needs torch and comfy_kitchen, no ComfyUI and no process for checks: what is wrong is seen here.
 """
+import contextlib
 import sys
 import time
 import types
@@ -30,6 +31,7 @@ from featherweight.ops.formats.base import (
 )
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cuda_backend, validation
+from featherweight.ops.kernels.int8_codes import encode_rows
 from featherweight.ops.layers import joint_product, kitchen_products, product
 from featherweight.ops.low_rank import LowRank, Slice
 
@@ -57,7 +59,7 @@ def rows(options) -> Iterator[Row]:
         *((f"{rows} x {columns}", partial(_products, rows, columns, device, scale, options.quick))
           for rows, columns in SHAPES),
         ("graphs and streams", partial(_graphs, device))]
-    with mock.patch.object(kernels, "_look_up", partial(_without_checks, device)):
+    with _kernels(device, untried=False):
         for title, step in steps:
             try:
                 yield from step()
@@ -65,12 +67,20 @@ def rows(options) -> Iterator[Row]:
                 yield title, {"failed": f"{type(error).__name__}: {error}"[:400]}
 
 
-def _without_checks(device: torch.device, capability: str, where: torch.device,
-                    packed_format: Format | None, dtype: torch.dtype) -> tuple:
-    table = cuda_backend.BACKEND.kernels if device.type == "cuda" else ()
-    found = tuple(kernel for kernel in table if kernel.capability == capability
-                  and kernel.accepts(packed_format, dtype))
-    return kernels._found.setdefault((capability, where, packed_format, dtype), found)
+@contextlib.contextmanager
+def _kernels(device: torch.device, untried: bool) -> Iterator[None]:
+    """Has the pack use kernels without checking them first."""
+    table = [kernel for kernel in cuda_backend.BACKEND.kernels
+             if device.type == "cuda" and (untried or not kernel.is_untried)]
+
+    def look_up(capability: str, where: torch.device, packed_format: Format | None,
+                dtype: torch.dtype) -> tuple:
+        found = tuple(kernel for kernel in table if kernel.capability == capability
+                      and kernel.accepts(packed_format, dtype))
+        return kernels._found.setdefault((capability, where, packed_format, dtype), found)
+
+    with mock.patch.object(kernels, "_look_up", look_up), mock.patch.object(kernels, "_found", {}):
+        yield
 
 
 def _seconds(device: torch.device, calls: list[Callable[[], Any]]) -> float:
@@ -143,6 +153,17 @@ def _dequantize(name: str, device: torch.device, scale: int) -> Iterator[Row]:
     yield name, {"same bits": torch.equal(out, expected), "with a pitch": torch.equal(wide, out),
                  "first, seconds": first, "GB/s": 1e-9 * nbytes / seconds,
                  "of torch's time": seconds / by_torch}
+    with _kernels(device, untried=True):
+        encode = kernels.find("int8_rows", device, packed_format, torch.int8)
+    if encode is not None:
+        (codes, scales), (expected, of_torch) = (
+            (torch.empty(out.shape, dtype=torch.int8, device=device),
+             torch.empty(rows, dtype=torch.float32, device=device)) for _ in range(2))
+        encode(packed_format, tensors, codes, scales, 0)
+        encode_rows(packed_format, tensors, expected, of_torch, 0)
+        yield f"int8 codes of {name}", {
+            "largest difference": (codes.int() - expected).abs().max().item(),
+            "of the scales": ((scales - of_torch) / of_torch).abs().max().item()}
 
 
 def _products(rows: int, columns: int, device: torch.device, scale: int,
@@ -158,7 +179,7 @@ def _products(rows: int, columns: int, device: torch.device, scale: int,
                     (Slice(0, rows, 0, RANK),))
     ways = {"": (None, None, False), "+2 joint": (loras, True, False),
             "+2 apart": (loras, False, False), "fast": (None, None, True),
-            "fast +2": (loras, None, True)}
+            "fast +2": (loras, None, True), "fast, codes at once": (None, None, True)}
     for tokens in TOKENS[::4] if quick else TOKENS:
         input = torch.randn(tokens, columns, device=device).to(DTYPE)
         base = _seconds(device, [partial(linear, input, weight, bias) for weight in dense])
@@ -173,9 +194,10 @@ def _products(rows: int, columns: int, device: torch.device, scale: int,
                 if joint is not None:
                     joint_product.is_smaller = lambda *_, joint=joint: joint
                 try:
-                    found[f"{name} {way}".strip()] = _seconds(device, [
-                        partial(product._linear, input, tensors, bias, packed_format.name, rows,
-                                *operands, fast) for tensors in copies_of]) / base
+                    with _kernels(device, untried="at once" in way):
+                        found[f"{name} {way}".strip()] = _seconds(device, [
+                            partial(product._linear, input, tensors, bias, packed_format.name, rows,
+                                    *operands, fast) for tensors in copies_of]) / base
                 finally:
                     joint_product.is_smaller = chosen
         yield f"{rows} x {columns}, M = {tokens}", found

@@ -75,8 +75,10 @@ def turns(names: Sequence[str], quick: bool) -> list[list[Case]]:
 
 def cases_of(names: Sequence[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
-    return [Case(op, name, dtype) for dtype in dtypes for name in names
-            for op in ("dequantize", "linear")]
+    cases = [Case(op, name, dtype) for dtype in dtypes for name in names
+             for op in ("dequantize", "linear")]
+    return cases + [Case("int8_rows", name, torch.int8) for name in names
+                    if torch.bfloat16 in dtypes]
 
 
 def run_tests(options):
@@ -86,7 +88,8 @@ def run_tests(options):
     for file in TESTS[:1] if options.quick else TESTS:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "-p",
                                "no:cacheprovider", *heavy, *file.split()], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, env={**os.environ, "PYTEST_ADDOPTS": ""})
+                              stdout=subprocess.PIPE, env={**os.environ, "PYTEST_ADDOPTS": "",
+                                                           kernels.VARIABLE: "torch"})
         print(done.stdout, flush=True)  # into the log
         lines = done.stdout.splitlines() or ["pytest ended"]
         failed = [line.partition(" - ")[0].rpartition("::")[2].replace("|", "/")

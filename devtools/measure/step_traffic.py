@@ -19,7 +19,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.cuda_backend import BACKEND
-from featherweight.ops.layers import joint_product, kitchen_products, product
+from featherweight.ops.layers import int8_epilogue, joint_product, kitchen_products, product
 from featherweight.ops.layers.rounded_sum import add_branch
 from featherweight.ops.low_rank import LowRank, Slice
 
@@ -71,7 +71,8 @@ class Traffic(TorchDispatchMode):
                            else operand.numel() * operand.itemsize for operand in operands)
 
 
-def count_step(format_name: str, fast: bool = False, loras: int = 0) -> Traffic:
+def count_step(format_name: str, fast: bool = False, loras: int = 0, untried: bool = False,
+               epilogue: bool = False) -> Traffic:
     """Counts a step.
 
     Args:
@@ -79,9 +80,12 @@ def count_step(format_name: str, fast: bool = False, loras: int = 0) -> Traffic:
             `HOST_BYTES`, which ComfyUI multiplies.
         fast: how the layers compute.
         loras: their number, of rank `RANK`, on all layers.
+        untried: with kernels that no GPU has run.
+        epilogue: where comfy_kitchen's product adds LoRAs before it rounds.
     """
     traffic = Traffic()
-    with torch.no_grad(), _stand_ins(traffic):
+    with torch.no_grad(), _stand_ins(traffic, untried), mock.patch.object(
+            int8_epilogue, "adds_before_rounding", return_value=epilogue):
         for count, tokens, rows, columns in LAYERS:
             layer = Traffic()
             input = torch.empty(tokens, columns, dtype=DTYPE, device=META)
@@ -137,7 +141,7 @@ def _multiply_by_host(traffic: Traffic, format_name: str, input: torch.Tensor,
 
 
 @contextlib.contextmanager
-def _stand_ins(traffic: Traffic) -> Iterator[None]:
+def _stand_ins(traffic: Traffic, untried: bool) -> Iterator[None]:
     """Counts kernels in place of running them."""
 
     def dequantize(packed_format, tensors, out, first):
@@ -155,15 +159,19 @@ def _stand_ins(traffic: Traffic) -> Iterator[None]:
         traffic.add(weight, codes)
         return codes, torch.empty(len(weight), dtype=torch.float32, device=META)
 
-    def multiply(x, weight, weight_scale, out_dtype, bias=None, **_):
+    def encode(packed_format, tensors, codes, scales, first):
+        traffic.add(packed_format.nbytes(codes.numel()), codes)
+
+    def multiply(x, weight, weight_scale, out_dtype, bias=None, residual=None, **_):
         out = torch.empty(len(x), len(weight), dtype=out_dtype, device=META)
         traffic.add(x, x.numel())  # quantises the input
-        traffic.add(x.numel(), weight, out)
+        traffic.add(x.numel(), weight, out, *([] if residual is None else [residual]))
         return out
 
-    runs = {"dequantize": dequantize, "linear": multiply_few, "add_rounded": add_rounded}
-    table = [dataclasses.replace(kernel, run=runs[kernel.capability])
-             for kernel in BACKEND.kernels if kernel.capability in runs]
+    runs = {"dequantize": dequantize, "linear": multiply_few, "add_rounded": add_rounded,
+            "int8_rows": encode}
+    table = [dataclasses.replace(kernel, run=runs[kernel.capability]) for kernel in BACKEND.kernels
+             if untried or not kernel.is_untried]
 
     def look_up(capability, device, packed_format, dtype):
         return tuple(kernel for kernel in table if kernel.capability == capability

@@ -6,10 +6,10 @@ backend is a module `*_backend.py` with a constant `BACKEND` (see `kernel`), lis
 A kernel is used where it is proven right on its device (`validation`). A case (capability, format,
 dtype, device) is decided before the step that needs it, while a model loads (`decide`), and stays
 decided as long as the process runs: a model gives the same picture, bit for bit, all that time.
-GPUs' kernels are checked in another process, the others in this one. Those of `ON_REQUEST` are
-used only where the user names them. Verdicts are kept for each
-driver, torch and compiler (`verdicts`). A step that needs a case that is not decided has torch do
-its work.
+GPUs' kernels are checked in another process, the others in this one. What no device has run yet,
+backends of `ON_REQUEST` and a `Kernel` that is untried, is used only where the user asks for it.
+Verdicts are kept for each driver, torch and compiler (`verdicts`). A step that needs a case that is
+not decided has torch do its work.
 """
 import os
 import textwrap
@@ -45,7 +45,7 @@ __all__ = [
     "used",
 ]
 
-VARIABLE = "FEATHERWEIGHT_KERNELS"
+VARIABLE, UNTRIED = "FEATHERWEIGHT_KERNELS", "untried"
 REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
 
 _deciders: dict[torch.device, Decider] = {}
@@ -65,14 +65,15 @@ def _decider(device: torch.device) -> Decider:
 
 def _new_decider(device: torch.device) -> Decider:
     setting, name = _setting(), BACKENDS.get(device.type)
-    valid = {"torch", "auto", *filter(None, BACKENDS.values())}
+    valid = {"torch", "auto", UNTRIED, *filter(None, BACKENDS.values())}
     if setting and setting not in valid:
         log.warning("The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))
-    if is_off() or name is None or (name in ON_REQUEST and setting != name):
+    if is_off() or name is None or (
+            name in ON_REQUEST and setting not in (name, UNTRIED)):
         return Decider(device, None)
     is_apart = name in ON_REQUEST or (device.type == "cuda" and setting != name)
-    return Decider(device, name, ProcessChecker() if is_apart else None)
+    return Decider(device, name, ProcessChecker() if is_apart else None, setting == UNTRIED)
 
 
 def _setting() -> str:

@@ -33,10 +33,10 @@ from ..formats.row_layout import RowFormat
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
 from ..quantize.row_encoder import RowEncoder
-from .int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, CompilerError, Kernel, block_length, compiler_error
 from .kernel_source import (
     C_TYPES,
+    CODES,
     DITHER,
     FORMAT_NAMES,
     MULTIPLIED,
@@ -81,7 +81,6 @@ SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
-CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 # A compiler that takes longer is ended, and torch does the work. At first Zig makes its own
 # libraries: for Windows in a minute on two fast cores.
 COMPILE_SECONDS = 600

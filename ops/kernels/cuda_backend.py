@@ -16,11 +16,13 @@ import torch
 from ..formats.base import Format
 from ..formats.row_layout import RowFormat
 from ..lasting_memory import cached_on_device, lasting_memory
-from . import runtime_compiler
+from . import int8_codes, runtime_compiler
 from .kernel import Backend, Kernel
 from .kernel_source import (
     CHUNK,
+    CODES,
     DITHER,
+    MULTIPLIED,
     dequantize_and_linear,
     kernel_source,
     late_bound_method,
@@ -49,6 +51,7 @@ LINEAR_THREADS = 128
 LINEAR_ROWS = {1: 1, 4: 2, 16: 2}
 MAX_GRID_ROWS = 65535  # of blocks of threads; each takes several rows of a larger weight
 INPUT_ALIGNMENT = 16  # bytes
+TEAM, MAX_THREADS = 16, 256  # threads of "int8_rows" that share a group of columns; of a block
 SUFFIX, MAX_IMAGES = ".image", 2000  # of compiled kernels that are kept
 
 
@@ -57,9 +60,11 @@ class Program:
     """One kernel of `source/cuda` for one format.
 
     Attributes:
-        kernel: "dequantize", "dequantize_rows", for formats of rows, "linear" or "add_rounded".
+        kernel: "dequantize", "dequantize_rows", for formats of rows, "linear", "int8_rows" or
+            "add_rounded".
         packed_format: Of the weight; None for "add_rounded".
-        dtype: Of the values for "dequantize", of input and output for "linear" and "add_rounded".
+        dtype: Of the values for "dequantize", of input and output for "linear" and "add_rounded";
+            "int8_rows" computes in float32.
         alignment: Of the packed bytes' address: 1, 2 or 4.
         tokens: The most that "linear" takes.
         rows: Weight rows per warp of "linear".
@@ -78,7 +83,7 @@ class Program:
                            f" chunks of {CHUNK}")
         return kernel_source("cuda", self.kernel, self.packed_format, self.dtype,
                              ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows,
-                             WARP=architecture.warp, **DITHER)
+                             WARP=architecture.warp, **DITHER, **CODES)
 
 
 class CudaKernels:
@@ -176,6 +181,19 @@ class CudaKernels:
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
                      *map(c_longlong, strides))
 
+    def int8_rows(self, packed_format, tensors, codes, scales, first):
+        """See `Kernel.run`."""
+        rows, columns = codes.shape
+        tensors = _aligned(packed_format, tensors)
+        weight = weight_argument(packed_format, tensors, columns, first)
+        # as few threads as take the row's groups in as few rounds, in whole warps
+        groups, warp = columns // int8_codes.GROUP, self._driver.architecture(
+            codes.device.index or 0).warp
+        teams = -(-groups // -(-groups * TEAM // MAX_THREADS))
+        self._launch(codes.device, (rows,), (-(-teams * TEAM // warp) * warp,),
+                     ("int8_rows", packed_format, torch.float32, alignment(packed_format)),
+                     weight, c_void_p(codes.data_ptr()), c_void_p(scales.data_ptr()))
+
     def add_rounded(self, value, change):
         """See `Kernel.run`."""
         if not value.numel():
@@ -241,7 +259,9 @@ def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
     add_rounded = Kernel("add_rounded", frozenset(), frozenset([torch.float16, torch.bfloat16]),
                          late_bound_method(kernels, "add_rounded"))
-    return *dequantize_and_linear(kernels, LINEAR_ROWS, takes_pitch=True), add_rounded
+    int8_rows = Kernel("int8_rows", MULTIPLIED, frozenset([torch.int8]),
+                       late_bound_method(kernels, "int8_rows"), is_untried=True)
+    return *dequantize_and_linear(kernels, LINEAR_ROWS, takes_pitch=True), int8_rows, add_rounded
 
 
 API = HIP if torch.version.hip else CUDA

@@ -48,11 +48,13 @@ class Decider:
         device: That the kernels run on.
         name: Of the backend; None: torch does all work.
         checker: Checks kernels in another process; None: this process does.
+        takes_untried: Whether it takes kernels that no device has run, see `Kernel`.
     """
 
     def __init__(self, device: torch.device, name: str | None,
-                 checker: ProcessChecker | None = None):
+                 checker: ProcessChecker | None = None, takes_untried: bool = False):
         self.device = device
+        self._takes_untried = takes_untried
         self.reason = ""  # why the backend does not work
         self.is_off = name is None
         self._name, self._checker = name, checker
@@ -131,7 +133,8 @@ class Decider:
     def _kernels_of(self, case: Case, packed_format: Format | None) -> dict[str, Kernel]:
         """Returns a case's kernels by the names of their verdicts."""
         backend = self._backend
-        found = case.kernels(backend, packed_format) if backend else []
+        found = [kernel for kernel in case.kernels(backend, packed_format)
+                 if self._takes_untried or not kernel.is_untried] if backend else []
         if not found or backend is None:
             return {}
         is_quantizing = case.capability in QUANTIZING

@@ -61,6 +61,7 @@ class Kernel:
         min_tokens: The fewest rows of the input that "linear" takes.
         max_tokens: The most rows of the input that "linear" takes; None: any number.
         takes_pitch: Whether `out` of "dequantize" may be rows with a pitch.
+        is_untried: Whether no device has run it yet: used only where the user asks for such.
 
     The arguments of `run`, by capability:
 
@@ -87,7 +88,8 @@ class Kernel:
         query without an unmasked key gets zeros. out: (batch, heads, N, value width). All have any
         strides, but the last is 1 of all but the mask. scale: not negative.
     "int8_rows": run(packed_format, tensors, codes, scales, first), see
-        `int8_codes.encode_rows`; K is a multiple of 256, and as `multiplies` says.
+        `int8_codes.encode_rows`; K is a multiple of 256, and as `multiplies` says, the address of
+        codes one of 16.
     "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
         differ from the reference's by one where a value lies within 0.01 of the middle between two
         codes, and scales by a factor of 1e-5.
@@ -111,6 +113,7 @@ class Kernel:
     min_tokens: int = 1
     max_tokens: int | None = None
     takes_pitch: bool = False
+    is_untried: bool = False
 
     def accepts(self, packed_format: Format | None, dtype: torch.dtype) -> bool:
         """Returns whether the constraints on format and dtype are met.

@@ -35,6 +35,7 @@ FORMAT_NAMES = frozenset((
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
 PLAIN = frozenset(["F16"])  # plain formats that products take too
+CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of int8 codes
 # constants of "add_rounded": see ops/stochastic_rounding.py; the least number by its bits
 DITHER = {"MIX": f"{MIX & 0xFFFFFFFF}u", "NOISE": f"{NOISE.hex()}f",
           "LEAST_NORMAL": hex(struct.unpack("<I", struct.pack("<f", LEAST_NORMAL))[0])}

@@ -26,6 +26,7 @@ ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 FEW, MANY = 1, 3 << 16
 # Columns, at least. WIDE is several of a kernel's tiles and a part of one.
 NARROW, WIDE = 96, 1280
+LONG = (1 << 14) + 1  # of a row whose values a GPU's registers do not hold
 ROWS = 13  # of a weight, at least: no multiple of what a kernel handles together
 MAX_TOKENS = 33  # for a kernel that takes any number
 TILE_TOKENS = 6  # a kernel may have a way of its own for each number of tokens up to this one
@@ -100,7 +101,8 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list[dict[str, Any
         return [
             {"values": FEW, "columns": NARROW, "first": 1},
             {"values": FEW, "columns": NARROW, "first": 2, "packed_offset": 1},
-            {"values": MANY, "columns": WIDE, "packed_offset": 4}
+            {"values": MANY, "columns": WIDE, "packed_offset": 4},
+            {"values": FEW, "columns": LONG}
         ]
     return quantize_validation.CASES[kernel.capability](packed_format)
 

@@ -36,7 +36,7 @@ from ..formats.svdquant import (
 )
 from ..kernels import int8_codes
 from ..low_rank import LowRank, Slice
-from . import AUTOMATIC, FAST, int8, workspace
+from . import AUTOMATIC, FAST, int8, int8_epilogue, workspace
 from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
@@ -440,28 +440,43 @@ def _int8(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tenso
     base, tensors, own = without_low_rank(packed_format, tensors)
     branch = low_rank if own is None else own.to(input).and_also(low_rank, rows)
     quantize, multiply = _functions(INT8, backend)
-    columns = input.shape[1]
-    step = workspace.rows_within(workspace.workspace_bytes(input.device), base, columns,
-                                 columns * (input.dtype.itemsize + 1), ROW_MULTIPLE)
-    with workspace.workspace(input.device) as take:
+    columns, dtype, device = input.shape[1], input.dtype, input.device
+    encode = None
+    if kernels.multiplies(base, columns):
+        encode = kernels.find("int8_rows", device, base, torch.int8)
+    step = workspace.rows_within(workspace.workspace_bytes(device), base, columns,
+                                 columns * (1 if encode else dtype.itemsize + 1), ROW_MULTIPLE)
+    with workspace.workspace(device) as take:
 
-        def multiply_slice(start: int, stop: int) -> torch.Tensor:
-            dense = kernels.dequantize_into(base, tensors, take((stop - start, columns),
-                                                                input.dtype),
-                                            start * columns // base.block_length)
-            codes, scales = quantize(weight=dense, group_size=int8_codes.GROUP)
-            return multiply(
-                x=input, weight=codes, weight_scale=scales, out_dtype=input.dtype, convrot=True,
+        def encoded(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shape, first = (stop - start, columns), start * columns // base.block_length
+            if encode is None:
+                dense = kernels.dequantize_into(base, tensors, take(shape, dtype), first)
+                return quantize(weight=dense, group_size=int8_codes.GROUP)
+            codes = take(shape, torch.int8)
+            scales = torch.empty(len(codes), dtype=torch.float32, device=device)
+            encode(base, tensors, codes, scales, first)
+            return codes, scales
+
+        def product_with(start: int, stop: int) -> Callable[..., torch.Tensor]:
+            codes, scales = encoded(start, stop)
+            return functools.partial(
+                multiply, weight=codes, weight_scale=scales, convrot=True,
                 convrot_groupsize=int8_codes.GROUP,
                 bias=None if bias is None else bias[start:stop])
 
         if step >= rows:
-            out = multiply_slice(0, rows)
+            product = product_with(0, rows)
+            if branch is not None and int8_epilogue.adds_before_rounding(product, input, rows,
+                                                                         backend):
+                change = int8_epilogue.residual_arguments(branch.product(input, rows))
+                return product(x=input, out_dtype=dtype, **change)
+            out = product(x=input, out_dtype=dtype)
         else:
             out = input.new_empty((len(input), rows))
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
-                out[:, start:stop] = multiply_slice(start, stop)
+                out[:, start:stop] = product_with(start, stop)(x=input, out_dtype=dtype)
     return _with_branch(out, input, branch)
 
 

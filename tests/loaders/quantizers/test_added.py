@@ -86,7 +86,7 @@ RECORD = """    ComfyUIFormat(
             INT8_ROWS, scale=stored.row_scales("weight_half") / 2)),
 """
 FORMAT_CHILD = '''
-import sys, comfyui_and_pack
+import itertools, sys, comfyui_and_pack
 sys.modules["featherweight"].__path__ = [sys.argv[1]]
 import torch
 from host_formats import mark_of, saved
@@ -96,8 +96,10 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 
+numbers = itertools.count()  # a file that is mapped is not written over
+
 def read(formats, mark=None, **parts):
-    path = saved(sys.argv[1] + "/a.safetensors", {"comfy_quant": mark_of(mark or {
+    path = saved(f"{sys.argv[1]}/{next(numbers)}.safetensors", {"comfy_quant": mark_of(mark or {
         "format": "int8_halved"}), **parts})
     assert needs_own_reader(path)
     file = open_weights(path)

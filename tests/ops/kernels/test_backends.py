@@ -6,6 +6,7 @@ Cases that differ from another one in one respect only are heavy: a CPU dequanti
 float32, the others one of each source, and other dtypes and kernels run with a few formats.
 """
 import logging
+import random
 
 from devtools.measure.weights import random_weight
 
@@ -36,7 +37,7 @@ from python_calls import python_calls
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import cpp_backend, registry
+from featherweight.ops.kernels import cpp_backend, int8_codes, registry
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import cpu_linear, product
 from featherweight.ops.layers.packed_layers import Linear
@@ -212,10 +213,29 @@ def test_each_number_of_rows_up_to_a_limit_has_a_product(backend, dtype):
 
 
 @parametrize_cases(
-    CPUS, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
-    fmt == TWO[0] or (name == "cpp" and fmt in OF_CPUS))
+    [*CPUS, *GPUS, "gpu"], ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
+    fmt == TWO[0] or (name == "cpp" and fmt in OF_CPUS) or (name in MAIN and fmt in FEW))
 def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
     check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, device)
+
+
+@parametrize_cases(GPUS, [None], [torch.int8], lambda *case: True)
+@pytest.mark.parametrize("columns", [256, 3072, 12288, 15360])
+def test_a_gpu_encodes_rows_of_the_lengths_of_models(backend, columns, fmt, dtype, device):
+    """Whole rows, and those that begin within a weight; drawn anew each time."""
+    fmt = random.choice([*map(FORMATS.get, ("Q4_K", "Q8_0", "NF4")), INT8.of_columns(columns)])
+    kernel, = kernels_of(backend, "int8_rows", fmt, torch.int8)
+    rows, first = random.randint(2, 4), random.randint(0, 1)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
+    dense = fmt.dequantize_into(tensors, torch.empty(rows, columns))[first:].contiguous()
+    expected, codes = (torch.empty(dense.shape, dtype=torch.int8) for _ in range(2))
+    expected_scales, scales = torch.empty(len(dense)), torch.empty(len(dense))
+    kernel.run(fmt, [tensor.to(device) for tensor in tensors], codes, scales,
+               first * columns // fmt.block_length)
+    int8_codes.encode_tokens(dense, expected, expected_scales)
+    differing = codes.int() - expected
+    assert differing.abs().max() <= 1 and differing.count_nonzero() <= 1e-3 * codes.numel()
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
 
 
 @parametrize_cases(CPUS, [None], DTYPES, lambda *case: True)

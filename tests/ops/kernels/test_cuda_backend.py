@@ -123,7 +123,7 @@ def compile(compiler, capability):
 
 @each_capability("fmt", BLOCK_FORMATS, ONE_OF_EACH_BLOCK)
 def test_every_source_compiles_for_every_gpu(compile, fmt):
-    for kernel in ("dequantize", "linear"):
+    for kernel in ("dequantize", "linear", "int8_rows"):
         assert compile(Program(kernel, fmt, torch.bfloat16, alignment(fmt))).startswith(ELF)
 
 
@@ -135,8 +135,9 @@ def test_rows_compile_for_every_gpu(compile, fmt):
 
 @each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS[::3])
 def test_products_with_rows_compile_for_every_gpu(compile, fmt):
-    program = Program("linear", fmt, torch.bfloat16, alignment(fmt))
-    assert compile(program).startswith(ELF)
+    for kernel in ("linear", "int8_rows"):
+        program = Program(kernel, fmt, torch.bfloat16, alignment(fmt))
+        assert compile(program).startswith(ELF)
 
 
 @each_capability("dtype", DTYPES, DTYPES)
@@ -182,7 +183,7 @@ def test_a_missing_driver_is_named():
 def test_every_source_is_used():
     basic = ("dequantize", "dequantize_rows", "linear")
     kernels = {
-        "cuda": (*basic, "add_rounded"), "metal": basic,
+        "cuda": (*basic, "int8_rows", "add_rounded"), "metal": basic,
         "cpu": (*basic, "linear_bfloat16", "channels_last", "attention", "add_rounded",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns", "pack_rows",
                 "pack_row_columns")

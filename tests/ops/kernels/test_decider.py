@@ -430,6 +430,15 @@ def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
     assert "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, " in caplog.text
 
 
+@pytest.mark.parametrize("setting", ["auto", "made_up", kernels.UNTRIED])
+def test_what_no_device_has_run_is_used_where_it_is_asked_for(use, setting, monkeypatch):
+    use(backend(kernel("dequantize", dequantize, is_untried=True)))
+    monkeypatch.setenv(kernels.VARIABLE, setting)
+    is_asked_for = setting == kernels.UNTRIED
+    assert find("dequantize") is (dequantize if is_asked_for else None)
+    assert ("there is no kernel" in kernels.used(CPU, [Q4_0], torch.float32)) != is_asked_for
+
+
 # --- when a case is decided ---
 
 

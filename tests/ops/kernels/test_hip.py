@@ -67,7 +67,8 @@ def each_architecture(values, some):
 
 @each_architecture(BLOCK_FORMATS, ONE_OF_EACH_BLOCK)
 def test_every_source_compiles_for_every_gpu(assembly, fmt, architecture):
-    for kernel, tokens, rows in (("dequantize", 1, 1), ("linear", 1, 1), ("linear", 16, 2)):
+    for kernel, tokens, rows in (("dequantize", 1, 1), ("linear", 1, 1), ("linear", 16, 2),
+                                 ("int8_rows", 1, 1)):
         text = assembly(Program(kernel, fmt, torch.bfloat16, alignment(fmt), tokens, rows),
                         architecture)
         assert f"wavefront_size: {architecture.warp}" in re.sub(" +", " ", text)
@@ -77,7 +78,8 @@ def test_every_source_compiles_for_every_gpu(assembly, fmt, architecture):
 def test_rows_compile_for_every_gpu(assembly, fmt, architecture):
     assembly(Program("dequantize_rows", fmt, torch.float16, alignment(fmt)), architecture)
     if not fmt.layout.rotation:
-        assembly(Program("linear", fmt, torch.float16, alignment(fmt), 4, 2), architecture)
+        for kernel in ("linear", "int8_rows"):
+            assembly(Program(kernel, fmt, torch.float16, alignment(fmt), 4, 2), architecture)
 
 
 @each_architecture([torch.float16, torch.bfloat16], [torch.float16, torch.bfloat16])
@@ -108,7 +110,7 @@ def hiprtc():
                          ids=lambda architecture: architecture.name)
 def test_hiprtc_compiles_every_source(hiprtc, architecture):
     for fmt in ONE_OF_EACH_BLOCK:
-        for kernel in ("dequantize", "linear"):
+        for kernel in ("dequantize", "linear", "int8_rows"):
             program = Program(kernel, fmt, torch.float16, alignment(fmt), 4, 2)
             code = hiprtc.compile(program.source(architecture), architecture.name)
             assert code.startswith(b"\x7fELF")

@@ -13,9 +13,11 @@ from lora_gain import Gain
 from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.kernels import int8_codes
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import kitchen_products, product
+from featherweight.ops.layers import int8_epilogue, kitchen_products, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.rounded_sum import add_small
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import (
@@ -114,8 +116,10 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
 @pytest.mark.parametrize("has_branch", [False, True])
 @pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K", "IQ4_XS", "NF4"])
 @pytest.mark.parametrize("nbytes", [256 * 512, 1 << 28], ids=["in slices of rows", "whole"])
+@pytest.mark.parametrize("has_kernel", [False, True])
 def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
-        nbytes, format_name, has_branch, forced, monkeypatch):
+        has_kernel, nbytes, format_name, has_branch, forced, monkeypatch):
+    encoded = int8_kernel(monkeypatch) if has_kernel else [()]
     dtype, rows, columns = torch.bfloat16, 520, 512
     weight = relabel(pack_tensor(torch.randn(rows, columns), FORMATS[format_name]), dtype=dtype)
     input = torch.randn(600, columns).to(dtype)
@@ -127,7 +131,7 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
     monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: nbytes)
     out = product.linear(input, weight, bias, low_rank, fast=True)
     error = (out - exact).float().norm() / exact.float().norm()
-    assert 0.002 < error < 0.02
+    assert 0.002 < error < 0.02 and encoded
     few = input[:kitchen_products.MIN_INT8_TOKENS - 1]
     assert torch.equal(product.linear(few, weight, bias, low_rank, fast=True),
                        without_comfy_kitchen(few, weight, bias, low_rank))
@@ -135,6 +139,68 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
         gained = out.float() - product.linear(input, weight, bias, fast=True).float()
         expected = low_rank.product(input, rows).float()
         assert 0.99 < (gained * expected).sum() / expected.square().sum() < 1.01
+
+
+def int8_kernel(monkeypatch) -> list:
+    """Has a kernel encode weights, as one that a GPU may have. Returns the shapes of its codes."""
+    find, shapes = kitchen_products.kernels.find, []
+
+    def encode(packed_format, tensors, codes, *rest):
+        shapes.append(codes.shape)
+        int8_codes.encode_rows(packed_format, tensors, codes, *rest)
+
+    monkeypatch.setattr(kitchen_products.kernels, "find", lambda capability, *rest: (
+        encode if capability == "int8_rows" else find(capability, *rest)))
+    return shapes
+
+
+WAYS = {"before it rounds": lambda sums, change, dtype: (sums + change).to(dtype),
+        "after it has rounded": lambda sums, change, dtype: sums.to(dtype) + change.to(dtype),
+        "a tenth less": lambda sums, change, dtype: (sums + 0.9 * change).to(dtype),
+        "of rows by the scale of others": lambda sums, change, dtype: (
+            sums + change.roll(1, 1)).to(dtype)}
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (7, 5)])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_comfy_kitchen_adds_loras_only_where_it_does_so_before_it_rounds(way, dtype, capability,
+                                                                          monkeypatch):
+    quantize, multiply = (registry.get_implementation(function, backend="eager")
+                          for function in kitchen_products.PRODUCTS["int8"].functions)
+    given = []
+
+    def int8_linear(x, weight, weight_scale, bias=None, out_dtype=None, convrot=False,
+                    convrot_groupsize=256, residual=None, residual_scale=None):
+        sums = multiply(x, weight, weight_scale, bias, torch.float32, convrot, convrot_groupsize)
+        if residual is None:
+            return sums.to(out_dtype)
+        given.append(residual)
+        return WAYS[way](sums, residual_scale.float() * residual, out_dtype)
+
+    monkeypatch.setattr(kitchen_products, "_functions", lambda *_: (quantize, int8_linear))
+    monkeypatch.setattr(kitchen_products, "_backend", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(int8_epilogue, "_verdicts", {})
+    rows, columns = 8 * random.randint(20, 60), 256 * random.randint(1, 3)
+    weight = relabel(pack_tensor(torch.randn(rows, columns), FORMATS["Q8_0"]), dtype=dtype)
+    input = torch.randn(random.randint(512, 700), columns).to(dtype)
+    strength = 2.0 ** random.uniform(-12, 0)
+    low_rank = LowRank.from_factors([(
+        strength * torch.randn(rows, 4), torch.randn(4, columns), (0, rows))], rows, dtype)
+    plain = product.linear(input, weight, None, fast=True)
+    out = product.linear(input, weight, None, low_rank, fast=True)
+    change, is_used = low_rank.product(input, rows), way == "before it rounds"
+    if capability < (8, 0):
+        assert not given
+    else:
+        assert len(given) == 1 + is_used and torch.equal(given[-1], change) == is_used
+    if capability < (8, 0) or not is_used:
+        assert torch.equal(out, add_small(plain, change))
+    given.clear()
+    assert torch.equal(out, product.linear(input, weight, None, low_rank, fast=True))
+    assert len(given) == (is_used and capability >= (8, 0))  # tried once
 
 
 @pytest.mark.parametrize("axis", [0, 1])

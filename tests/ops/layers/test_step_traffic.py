@@ -4,6 +4,8 @@ from devtools.measure.step_traffic import count_step
 
 import pytest
 
+from devtools import ROOT
+
 # (format, fast, LoRAs) -> launches, GB
 BUDGET = {
     ("dense", False, 0): (304, 47.3),
@@ -32,9 +34,28 @@ BUDGET = {
     ("nvfp4", False, 0): (608, 36.1), ("nvfp4", False, 2): (1520, 100.5),
     ("nvfp4", False, 8): (1520, 101.7),
 }
+# with kernels that no GPU has run, and where comfy_kitchen's product adds LoRAs
+UNTRIED, EPILOGUE = (True, False), (False, True)
+BUDGET |= {
+    ("Q8_0", True, 0, *UNTRIED): (760, 63.7), ("Q8_0", True, 2, *UNTRIED): (1672, 128.1),
+    ("Q4_K", True, 0, *UNTRIED): (760, 57.8), ("Q4_K", True, 2, *UNTRIED): (1672, 122.2),
+    ("Q4_K", True, 2, *EPILOGUE): (1900, 129.7), ("Q4_K", True, 8, *EPILOGUE): (1900, 130.9),
+    ("Q4_K", True, 2, True, True): (1672, 95.3),
+    ("NF4", True, 0, *UNTRIED): (760, 57.8), ("NVFP4_ROWS", True, 0, *UNTRIED): (760, 57.8),
+    ("INT8_CONVROT", True, 0, *UNTRIED): (1064, 110.3),  # rotated: no kernel multiplies it
+    ("INT8_CONVROT", True, 2, *EPILOGUE): (1976, 147.8),
+}
 
 
 @pytest.mark.parametrize("step", BUDGET, ids=str)
 def test_a_step_starts_and_moves_what_its_budget_says(step):
     traffic = count_step(*step)
     assert (traffic.launches, round(traffic.nbytes / 1e9, 1)) == BUDGET[step]
+
+
+def test_what_is_said_of_fast_is_what_is_counted():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    fast, untried, loras, epilogue = (BUDGET[("Q4_K", True, *step)][1] for step in (
+        (0,), (0, *UNTRIED), (2,), (2, *EPILOGUE)))
+    assert f"in Q4_K moves {fast:.0f} GB, and {untried:.0f} with" in text
+    assert f"Two LoRAs add {loras - fast:.0f} GB, and {epilogue - fast:.0f} where" in text
