@@ -161,8 +161,11 @@ LAID_OUT = """(() => app.graph.nodes.map(node => {
     while (text && ground() === 'rgba(0, 0, 0, 0)') text = text.parentElement
     if (text) colors.push(ground())
   }
-  return {type: node.type, left: node.pos[0], top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
-          width: node.size[0], height: shown, least, colors}
+  const [left, top] = [node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT]
+  const ends = app.graph.groups.map(({pos: [x, y], size: [width, height]}) =>
+    x <= left && left < x + width && y <= top && top < y + height ? y + height : Infinity)
+  return {type: node.type, left, top, width: node.size[0], height: shown, least, colors,
+          beyond: top + shown > Math.min(...ends)}
 }))()"""
 # Nodes that keep room for what they show after a run, which may be a whole report.
 OF_RESULTS = {"SaveImage", "PreviewImage", "SaveVideo", "FeatherweightCheckLora",
@@ -384,13 +387,15 @@ def test_nodes_of_an_example_are_filled_and_apart_and_its_note_is_legible(
                       for one, other in itertools.combinations(nodes, 2) if overlap(one, other)]
             wrong += [(path.stem, node["type"], node["least"] / node["height"]) for node in nodes
                       if node["type"] not in OF_RESULTS and node["least"] < 0.6 * node["height"]]
+            wrong += [(path.stem, node["type"], "ends below its group") for node in nodes
+                      if node["beyond"]]
             note, = (node for node in nodes if node["type"] == "MarkdownNote")
             if modern and contrast(note["colors"]) < 4.5:
                 wrong.append((path.stem, note["colors"]))
     finally:
         fresh_server.post("/settings", {MODERN: False, palette: "dark"})
         browser.close_editor()
-    assert not wrong
+    assert not wrong, wrong
 
 
 def test_a_template_opens_from_the_template_browser(fresh_page):
