@@ -1,5 +1,4 @@
 """The host, the pack and what every test may ask for."""
-import collections
 import ctypes
 import functools
 import gc
@@ -16,6 +15,7 @@ import comfyui_version
 import drawn_cases
 import fake_gpus
 import folder_paths
+import known_skips
 import linear_calls
 import processes
 import pytest
@@ -99,12 +99,8 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says how many tests were skipped, and why, the most first."""
-    reasons = collections.Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in terminalreporter.getreports("skipped") if isinstance(report.longrepr, tuple))
-    for reason, count in reasons.most_common():
-        terminalreporter.write_line(f"{count} skipped: {reason}")
+    for line in known_skips.summary(terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

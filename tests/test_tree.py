@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import comfy.options
+import known_skips
 import pytest
 
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
@@ -253,3 +254,11 @@ def test_requirements_are_those_of_the_project_file():
     assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project[
         "dependencies"
     ]
+
+
+def test_every_skip_that_the_table_names_is_a_reason_of_a_test():
+    texts = "".join(path.read_text(encoding="utf-8")
+                    for path in (PACK / "tests").rglob("*.py")
+                    if path != Path(known_skips.__file__))
+    assert not [reason for reason in known_skips.LIFTED_BY
+                if reason not in texts and not reason.startswith("could not import '")]

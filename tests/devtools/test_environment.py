@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 import venv
 from pathlib import Path
 
@@ -25,12 +26,25 @@ def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(environment, name, lambda *arguments: None)
     monkeypatch.setattr(environment, "DEV", tmp_path)
     monkeypatch.setattr(environment, "OPTIONAL", [])
-    monkeypatch.setattr(environment.subprocess, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *arguments, **options: (
+        types.SimpleNamespace(returncode=0)))
     environment.prepare()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("]")[0] for line in lines[:-1]] == [
         f"[{number} of 6" for number in range(1, 7)]
     assert lines[-1].startswith("Environment ready after ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fake GPUs are built on Linux only")
+@pytest.mark.parametrize("is_found", [True, False])
+def test_torch_for_cpus_comes_first_and_another_build_is_told(is_found, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(environment, "pip", lambda python, *packages: asked.append(packages[0]))
+    monkeypatch.setattr(environment.subprocess, "run", lambda command, **options: (
+        asked.append(command[-1]), types.SimpleNamespace(returncode=not is_found))[1])
+    environment._install_torch(Path("python"))
+    assert asked == [f"{environment.TORCH}+cpu", environment.TORCH][:2 - is_found]
+    assert ("tests on fake GPUs are skipped" in capsys.readouterr().out) != is_found
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 
 from devtools import ROOT, fakegpu
 
@@ -117,6 +118,8 @@ def forward(items: list[pytest.Item]):
         if marker is None or ON_FAKE_GPUS:
             continue
         if fakegpu.why_not():
+            if "CI" in os.environ and torch.__version__.endswith("+cpu"):
+                raise pytest.UsageError(f"tests on fake GPUs would be skipped: {fakegpu.why_not()}")
             item.add_marker(pytest.mark.skip(reason=fakegpu.why_not()))
             continue
         group = TestGroup(**marker.kwargs)

@@ -412,7 +412,13 @@ def test_mistral_gets_a_tekken_file(read, llama3, tmp_path):
     types = [CONTROL] * len(special) + [NORMAL] * (len(vocabulary) + 1)
     metadata = metadata_of(tmp_path / "mistral.gguf", "gpt2", tokens, types,
                            merges=llama3["model"]["merges"], pre="tekken")
-    encode, words = read(tekken_model(metadata), tmp_path / "tekken.json")
+    made = tekken_model(metadata)
+    content = json.loads(made.numpy().tobytes())
+    assert content["special_tokens"] == [
+        {"rank": rank, "token_str": text} for rank, text in enumerate(special)]
+    assert content["config"]["default_num_special_tokens"] == len(special)
+    assert len(content["vocab"]) == len(tokens) - len(special)
+    encode, words = read(made, tmp_path / "tekken.json")
     # the host cuts by Llama 3's pattern, whatever the file says
     assert read is host_reader or words == TEKKEN_WORDS
     original = with_words(llama3, words)

@@ -23,7 +23,7 @@ SIZES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def packed(name: str, shape: tuple[int, int], rows: int | None = None):
     """A random weight in a row type, its first rows alone."""
     if not ROW_TYPES[name].takes(shape):
-        pytest.skip(f"{name} does not hold {shape}")
+        pytest.skip(f"a format does not hold the shape: {name}, {shape}")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.02
     weight[:, 3] *= 40
     weight[1] = 0

@@ -64,8 +64,11 @@ def test_linear_in_half_precision_rounds_each_weight_once(dtype):
     assert torch.equal(layer(input), expected)
 
 
+@pytest.mark.parametrize("by_torch", [True, False], ids=["as on a GPU", "by oneDNN"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias):
+def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias, by_torch):
+    if by_torch:
+        monkeypatch.setattr(product.cpu_linear, "takes", lambda input: False)
     layer, dense, bias_values = packed_linear("Q8_0", rows=70, bias=bias)
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 16 * 512 * 4)
     taken = []

@@ -2,7 +2,9 @@
 that a change may lower, and must not raise."""
 from devtools.measure.step_traffic import count_step
 
+import comfy.model_management
 import pytest
+import torch
 
 from devtools import ROOT
 
@@ -51,6 +53,16 @@ BUDGET |= {
 def test_a_step_starts_and_moves_what_its_budget_says(step):
     traffic = count_step(*step)
     assert (traffic.launches, round(traffic.nbytes / 1e9, 1)) == BUDGET[step]
+
+
+@pytest.mark.parametrize("gigabytes", [8, 24])
+def test_a_small_card_moves_no_more_than_a_large_one(gigabytes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gigabytes << 28, gigabytes << 30))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: gigabytes << 28)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: gigabytes << 30)
+    for step in ("Q4_K", True, 0), ("Q4_K", True, 2):
+        traffic = count_step(*step)
+        assert (traffic.launches, round(traffic.nbytes / 1e9, 1)) == BUDGET[step]
 
 
 def test_what_is_said_of_fast_is_what_is_counted():

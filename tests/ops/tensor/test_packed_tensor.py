@@ -32,7 +32,7 @@ from tensor_attempts import ATTEMPTS
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.packed_layers import PACKED_LAYERS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -381,6 +381,22 @@ def test_a_model_is_pickled_with_its_weights_packed(format_name):
     patcher.model.diffusion_model = pickle.loads(file)
     assert len(packed_layers(patcher)) and torch.equal(forward(patcher), expected)
     patcher.model.diffusion_model = model
+
+
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])  # one with scales apart
+def test_of_a_buffer_that_weights_share_a_pickle_holds_a_weights_own_bytes(format_name):
+    layer = layer_in(format_name, PACKED_LAYERS[0])
+    expected = output(layer, INPUTS.get(PACKED_LAYERS[0].__name__))
+    tensors = packed_tensors(layer.weight)
+    shared = [torch.cat([tensor.reshape(-1)] * 50)[:tensor.numel()].view(tensor.shape)
+              for tensor in tensors]
+    layer.weight = torch.nn.Parameter(packed_tensor(
+        layer.weight.params.format, shared[0], layer.weight.shape, layer.weight.dtype,
+        *shared[1:]), requires_grad=False)
+    file = pickle.dumps(layer)
+    nbytes = sum(tensor.nbytes for tensor in (*tensors, *layer.parameters()))
+    assert len(file) < nbytes + 10_000 < 40 * sum(tensor.nbytes for tensor in tensors)
+    assert torch.equal(output(pickle.loads(file), INPUTS.get(PACKED_LAYERS[0].__name__)), expected)
 
 
 @each_layer
