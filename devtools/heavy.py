@@ -123,6 +123,7 @@ def main(arguments: list[str]) -> int:
     """Run the pieces that have not passed as they are now, and print the table of all."""
     parser = argparse.ArgumentParser(prog="python3 dev.py test --heavy")
     parser.add_argument("pieces", nargs="*", metavar="FOLDER", help="only these; default: all")
+    parser.add_argument("--sixth", type=int, choices=range(6), help="each sixth folder, from this")
     parser.add_argument("--at-once", type=int, metavar="N",
                         help="pieces at the same time; default: one for each core, by the memory")
     parser.add_argument("--most-gib", type=float, default=MOST_GIB,
@@ -130,6 +131,8 @@ def main(arguments: list[str]) -> int:
     chosen, found = parser.parse_args(arguments), pieces()
     if unknown := set(chosen.pieces) - found.keys():
         parser.error(f"no heavy tests are in {', '.join(unknown)}; they are in {', '.join(found)}")
+    wanted = chosen.pieces or [name for index, name in enumerate(found)
+                               if chosen.sixth in (None, index % 6)]
     most_bytes, lock = chosen.most_gib * GIB, threading.Lock()
     fitting = int(psutil.virtual_memory().total / most_bytes)
     at_once = chosen.at_once or max(1, min(os.cpu_count() or 1, fitting))
@@ -147,14 +150,14 @@ def main(arguments: list[str]) -> int:
             partial.replace(RECORD)
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(run, chosen.pieces or found))
+        list(pool.map(run, wanted))
     record = read_record()
     print("\n| piece | seconds | GB | result |\n|---|---|---|---|")
     for name, row in sorted(record.items()):
         is_now = name in found and row["state"] == state(found[name])
         print(f"| {name} | {row['seconds']} | {row['bytes'] / 1e9:.1f} | {row['result']}"
               f"{'' if is_now else ' (of an earlier state)'} |")
-    return int(any(not record[name]["passed"] for name in chosen.pieces or found))
+    return int(any(not record[name]["passed"] for name in wanted))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 import re
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
 
-from devtools import ROOT
+from devtools import ROOT, heavy
 from devtools.commands import COMMANDS
 
 FOLDER = ROOT / ".github"
@@ -22,7 +24,8 @@ def test_a_workflow_runs_commands_that_there_are_and_may_only_read(path):
     text = path.read_text(encoding="utf-8")
     assert set(re.findall(r"python dev\.py (\w+)", text)) <= COMMANDS.keys()
     assert content(path)["permissions"] == {"contents": "read"}
-    assert all(re.fullmatch(r"[\w/-]+@v\d+", used) for used in re.findall(r"uses: (\S+)", text))
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", used)
+               for used in re.findall(r"uses: (.+)", text))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -47,6 +50,26 @@ def test_a_tag_is_published_only_where_it_is_the_version():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
     assert pattern.replace("${GITHUB_REF_NAME#v}", version) in project.splitlines()
+
+
+def test_a_tag_is_published_only_where_the_tests_of_its_commit_have_passed():
+    steps = content(FOLDER / "workflows" / "publish.yml")["jobs"]["publish"]["steps"]
+    names = [step.get("name") or step["uses"].partition("@")[0] for step in steps]
+    assert names.index("The commit has passed its tests") < names.index(
+        "Comfy-Org/publish-node-action")
+    assert "--workflow test.yml" in next(step["run"] for step in steps if "gh run" in str(step))
+
+
+def test_six_nights_run_all_heavy_tests(monkeypatch):
+    ran = []
+    monkeypatch.setattr(heavy, "run_piece", lambda name, *_: ran.append(name) or {
+        "passed": True, "seconds": 0, "bytes": 0, "result": ""})
+    monkeypatch.setattr(heavy, "state", lambda files: "")
+    for night in range(6):
+        with tempfile.TemporaryDirectory() as folder:
+            monkeypatch.setattr(heavy, "RECORD", Path(folder, "heavy.json"))
+            assert not heavy.main(["--sixth", str(night)])
+    assert sorted(ran) == sorted(heavy.pieces())
 
 
 def test_a_report_asks_for_the_log_the_inspection_and_the_workflow():
