@@ -64,7 +64,7 @@ def pack_to_input(what: str, fits: bool = False):
         optional=True,
         display_name="pack to",
         tooltip=f"Makes {what} smaller in memory while it loads (minutes, once)."
-        f"{' Start with fit this GPU.' if fits else ''} A quantized file, such as a GGUF, stays as"
+        f"{' Start with fit this GPU.' if fits else ''} A quantized file (a GGUF) stays as"
         f" it is, unless {'it must shrink or ' if fits else ''}the type is ComfyUI's own.",
     )
 

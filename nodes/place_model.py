@@ -82,8 +82,8 @@ def placing_inputs(what: str, values: str) -> list:
             "gpu_weights",
             GPU_WEIGHTS,
             WORDS,
-            tooltip=f"How many GB of {what}'s weights stay on the GPU; the others are copied to it"
-            f" layer by layer, slower. automatic: ComfyUI decides. all: as many as fit. {values}",
+            tooltip=f"How many GB of {what}'s weights stay on the GPU; others are copied layer by"
+            f" layer, slower. automatic: ComfyUI decides. all: as many as fit. {values}",
         ),
         io.Combo.Input(
             "store",

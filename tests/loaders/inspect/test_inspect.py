@@ -44,7 +44,7 @@ SIZES = {"hidden": 128, "double_blocks": 2, "single_blocks": 3}
 def contents_of(shapes, name="model.safetensors", **said):
     """A file whose matrices have no values: whoever reads one fails."""
     tensors = {
-        key: torch.empty(tuple(shape), device="meta" if len(shape) > 1 else "cpu")
+        key: torch.zeros(tuple(shape), device="meta" if len(shape) > 1 else "cpu")
         for key, shape in shapes.items()
     }
     return Contents(name, tensors, dict.fromkeys(tensors, "F32"), **said,
