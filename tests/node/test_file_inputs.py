@@ -76,7 +76,7 @@ def test_a_list_without_a_file_says_what_to_do_and_that_is_no_file(node_id, tmp_
     ("DualCLIPLoaderGGUFDisTorch2MultiGPU", ["clip_name1", "clip_name2"]),
     ("GGUFLoaderKJ", ["model_name", "extra_model_name"]),
     ("NunchakuTextEncoderLoaderV2", ["text_encoder1", "text_encoder2"]),
-    ("VAELoaderGGUF", ["vae_name"]), ("FeatherweightCheckLora", ["lora_name"]),
+    ("VaeGGUF", ["vae_name"]), ("FeatherweightCheckLora", ["lora_name"]),
 ])
 def test_each_missing_file_is_no_value_of_its_list_and_the_log_says_where_it_was_sought(
         node_id, names, caplog):
