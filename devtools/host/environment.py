@@ -211,8 +211,8 @@ def _unfinished(python: Path) -> Path:
     return python.parent.parent / "unfinished"
 
 
-def pip(python: Path, *arguments: str, action: str = "install"):
-    """Runs pip, whose messages are printed only if it fails."""
+def try_pip(python: Path, *arguments: str, action: str = "install") -> str | None:
+    """Runs pip. Returns None where it works, else its messages."""
     command = [str(python), "-m", "pip", action, "--disable-pip-version-check", "--quiet",
                *arguments]
     if action == "install":
@@ -220,8 +220,14 @@ def pip(python: Path, *arguments: str, action: str = "install"):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           errors="replace")
     _unfinished(python).unlink(missing_ok=True)
-    if done.returncode:
-        print(done.stdout, flush=True)
+    return done.stdout if done.returncode else None
+
+
+def pip(python: Path, *arguments: str, action: str = "install"):
+    """Runs pip, whose messages are printed only if it fails. Raises SetupError."""
+    messages = try_pip(python, *arguments, action=action)
+    if messages is not None:
+        print(messages, flush=True)
         raise SetupError(
             "pip did not finish (its message is above). If it finds no matching torch, use another "
             "Python version; otherwise check the connection and run this again.")
@@ -316,9 +322,7 @@ def fetch_chromium(python: Path):
 def _install_torch(python: Path):
     """Installs its build for CPUs, where pip finds it: with others there are no fake GPUs."""
     if sys.platform == "linux":
-        command = [str(python), "-m", "pip", "install", "--quiet", f"{TORCH}+cpu"]
-        done = subprocess.run(command, capture_output=True)
-        if not done.returncode:
+        if try_pip(python, f"{TORCH}+cpu") is None:
             return
         print("Note: pip finds no build of torch for CPUs, so tests on fake GPUs are skipped."
               " PyTorch's page of installation names an index that has one.", flush=True)
@@ -341,11 +345,7 @@ def _install_packages(host: Path, python: Path):
     pip(python, "--constraint", str(constraints), *required, *EXTRAS)
     _begin("optional", f"Installing {len(OPTIONAL)} optional packages")
     for package in OPTIONAL:
-        command = [
-            str(python), "-m", "pip", "install", "--quiet", "--constraint",
-            str(constraints), package
-        ]
-        if subprocess.run(command, capture_output=True).returncode:
+        if try_pip(python, "--constraint", str(constraints), package) is not None:
             print(
                 f"Note: {package} could not be installed; it is optional, tests that need it are"
                 " skipped."

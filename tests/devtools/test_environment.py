@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import types
 import venv
 from pathlib import Path
 
@@ -22,12 +21,11 @@ from devtools.host.server import HOST
 
 def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    for name in ("_make_venv", "fetch_tree", "pip", "_install_shim"):
+    for name in ("_make_venv", "fetch_tree", "pip", "try_pip", "_install_shim"):
         monkeypatch.setattr(environment, name, lambda *arguments: None)
     monkeypatch.setattr(environment, "DEV", tmp_path)
     monkeypatch.setattr(environment, "OPTIONAL", [])
-    monkeypatch.setattr(environment.subprocess, "run", lambda *arguments, **options: (
-        types.SimpleNamespace(returncode=0)))
+    monkeypatch.setattr(environment.subprocess, "run", lambda *arguments, **options: None)
     environment.prepare()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("]")[0] for line in lines[:-1]] == [
@@ -40,8 +38,8 @@ def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
 def test_torch_for_cpus_comes_first_and_another_build_is_told(is_found, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(environment, "pip", lambda python, *packages: asked.append(packages[0]))
-    monkeypatch.setattr(environment.subprocess, "run", lambda command, **options: (
-        asked.append(command[-1]), types.SimpleNamespace(returncode=not is_found))[1])
+    monkeypatch.setattr(environment, "try_pip", lambda python, package: (
+        asked.append(package), None if is_found else "none matches")[1])
     environment._install_torch(Path("python"))
     assert asked == [f"{environment.TORCH}+cpu", environment.TORCH][:2 - is_found]
     assert ("tests on fake GPUs are skipped" in capsys.readouterr().out) != is_found

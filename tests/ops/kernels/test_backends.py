@@ -222,7 +222,7 @@ def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
 @parametrize_cases(GPUS, [None], [torch.int8], lambda *case: True)
 @pytest.mark.parametrize("columns", [256, 3072, 12288, 15360])
 def test_a_gpu_encodes_rows_of_the_lengths_of_models(backend, columns, fmt, dtype, device):
-    """Whole rows, and those that begin within a weight; drawn anew each time."""
+    """All rows of a weight, or those behind its first one, of a random format."""
     fmt = random.choice([*map(FORMATS.get, ("Q4_K", "Q8_0", "NF4")), INT8.of_columns(columns)])
     kernel, = kernels_of(backend, "int8_rows", fmt, torch.int8)
     rows, first = random.randint(2, 4), random.randint(0, 1)
