@@ -42,14 +42,13 @@ STEPS = ("venv", "ComfyUI", "torch", "packages", "optional", "checks")  # of the
 SIZE = "about 4.5 GB"  # of all under .dev, with a build of torch for CPUs
 BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the system has none
 
-TORCH = "torch==2.13.0"
-# gguf: the pack runs with an older one too, the tests compare with its newest formats.
+# the version of each package, for every Python and system: devtools/host/lock.py writes it
+LOCKED = Path(__file__).with_name("locked.txt")
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
-# ruff, pyright: a newer one may have new rules.
+COMPANIONS = ("torch", "torchvision", "torchaudio")
 EXTRAS = [
-    "torchvision==0.28.0", "torchaudio", "pytest", "pytest-rerunfailures", "pytest-xdist",
-    "hypothesis", "websocket-client", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "gguf>=0.19.0",
-    "transformers<5.15"
+    *COMPANIONS[1:], "pytest", "pytest-rerunfailures", "pytest-xdist", "hypothesis",
+    "websocket-client", "ruff", "pyright[nodejs]", "gguf>=0.19.0", "transformers<5.15"
 ]
 # NVRTC: it compiles kernels without a GPU, and has no wheels for some systems. Ray: for the tests
 # of many machines. nodesafe: a scanner of node packs, whose findings tests/registry_review.md
@@ -57,8 +56,8 @@ EXTRAS = [
 # where no other compiler is. PEFT and LyCORIS: train adapters, and say what these are worth;
 # LyCORIS imports toml without requiring it.
 OPTIONAL = [
-    "bitsandbytes", "diffusers==0.42.1", "lycoris-lora==4.1.3", "nodesafe==0.6.0",
-    "nvidia-cuda-nvrtc-cu12", "peft==0.21.2", "ray>=2.55", "toml", "ziglang"
+    "bitsandbytes", "diffusers; python_version >= '3.11'", "lycoris-lora", "nodesafe",
+    "nvidia-cuda-nvrtc-cu12", "peft", "ray>=2.55", "toml", "ziglang"
 ]
 
 # What a Python that already has ComfyUI's packages needs besides, module -> package: for a server
@@ -153,6 +152,7 @@ def prepare(needed: Mapping[str, str] = TESTING) -> Environment:
     _begin("ComfyUI", f"Fetching ComfyUI {HOST_VERSION}")
     if not own_host:
         fetch_tree(host, python, "", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
+    _install_torch(python)
     _install_packages(host, python)
     _begin("checks", "Checking the environment")
     _install_shim(python)
@@ -173,8 +173,8 @@ def _begin(step: str, text: str):
 def _fingerprint(host: Path) -> str:
     """Hash of everything that decides what the environment contains."""
     # working trees may share an environment by a link
-    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host.resolve()),
-             read(host / "requirements.txt"), read(ROOT / "requirements.txt"),
+    parts = [read(LOCKED), *EXTRAS, *OPTIONAL, HOST_SHA256, str(host.resolve()),
+             *requirements(host),
              read(Path(__file__).with_name("cpu_torch_shim.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -319,37 +319,41 @@ def fetch_chromium(python: Path):
             return
 
 
+def requirements(host: Path) -> list[str]:
+    """Returns what ComfyUI and the pack require, but torch and its companions."""
+    lines = [*read(host / "requirements.txt").split("\n"), *read(ROOT / "requirements.txt").split()]
+    return [line.strip() for line in lines
+            if re.match(r"\s*[^\s#]", line) and name_of(line) not in COMPANIONS]
+
+
+def name_of(requirement: str) -> str:
+    """Returns a package's name, without its extras and versions."""
+    return re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0]
+
+
 def _install_torch(python: Path):
     """Installs its build for CPUs, where pip finds it: with others there are no fake GPUs."""
+    torch = next(line for line in read(LOCKED).splitlines() if name_of(line) == "torch")
+    _begin("torch", f"Installing {torch}")
     if sys.platform == "linux":
-        if try_pip(python, f"{TORCH}+cpu") is None:
+        if try_pip(python, f"{torch}+cpu") is None:
             return
         print("Note: pip finds no build of torch for CPUs, so tests on fake GPUs are skipped."
               " PyTorch's page of installation names an index that has one.", flush=True)
-    pip(python, TORCH)
+    pip(python, torch)
 
 
 def _install_packages(host: Path, python: Path):
-    _begin("torch", f"Installing {TORCH}")
-    _install_torch(python)
-    ours = read(ROOT / "requirements.txt").split()
-    theirs = [line.strip() for line in read(host / "requirements.txt").splitlines()]
-    theirs = [line for line in theirs if line and not line.startswith("#")]
-    apart = {"torch", "torchvision", "torchaudio", *OPTIONAL}
-    required = [line for line in theirs + ours
-                if re.split(r"[^\w.-]", line, maxsplit=1)[0] not in apart]
-    constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
-    constraints.write_text(TORCH + "\n")
+    required = [*requirements(host), *EXTRAS]
     _begin("packages", "Installing the requirements of ComfyUI and of this pack"
-                       f" ({len(required + EXTRAS)} packages)")
-    pip(python, "--constraint", str(constraints), *required, *EXTRAS)
+                       f" ({len(required)} packages)")
+    # its torch is any build of that version, or pip would replace the one for CPUs
+    pip(python, "--constraint", str(LOCKED), *required)
     _begin("optional", f"Installing {len(OPTIONAL)} optional packages")
     for package in OPTIONAL:
-        if try_pip(python, "--constraint", str(constraints), package) is not None:
-            print(
-                f"Note: {package} could not be installed; it is optional, tests that need it are"
-                " skipped."
-            )
+        if try_pip(python, "--constraint", str(LOCKED), package) is not None:
+            print(f"Note: {name_of(package)} could not be installed; it is optional, tests that"
+                  " need it are skipped.")
 
 
 def _install_shim(python: Path):

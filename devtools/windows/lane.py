@@ -14,7 +14,16 @@ import tomllib
 
 from devtools import ROOT
 from devtools.commands import WHOLE_FILES, processes
-from devtools.host.environment import DEV, EXTRAS, OPTIONAL, SetupError, pip, read
+from devtools.host.environment import (
+    DEV,
+    EXTRAS,
+    LOCKED,
+    OPTIONAL,
+    SetupError,
+    read,
+    requirements,
+)
+from devtools.host.lock import fetch_uv
 from devtools.host.server import HOST, PACK
 from devtools.windows import portable, python
 from devtools.windows.missing_in_wine import complex_numbers
@@ -26,7 +35,6 @@ PORTABLE = LANE / "Zoë's 模型" / "ComfyUI_windows_portable"  # letters that c
 PACKAGES = LANE / "python" / "Lib" / "site-packages"
 SOURCES = Path(__file__).with_name("missing_in_wine")
 KNOWN = Path(__file__).with_name("known.toml")
-UV = ("uv==0.13.9", "d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19")
 # what has no build for Windows, or needs none here
 APART = re.compile(r"(?i)(nvidia|triton|cuda|ray|nodesafe|pyright|ruff|playwright)")
 # of the pack's C runtime, which Microsoft ships: Wine's own are not complete
@@ -205,23 +213,13 @@ def make_python():
 def install_packages():
     """Installing ComfyUI's packages for Windows."""
     # pip reads the conditions of requirements for the system that it runs on, uv for another
-    requirement = LANE / "uv.txt"
-    requirement.write_text(f"{UV[0]} --hash=sha256:{UV[1]}\n")
-    pip(Path(sys.executable), "--require-hashes", "--no-deps", "--target", str(LANE / "uv"),
-        "--upgrade", "-r", str(requirement))
-    frozen = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True,
-                            check=True).stdout
-    constraints = LANE / "constraints.txt"
-    constraints.write_text("\n".join(re.sub(r"\+\w+$", "", line) for line in frozen.splitlines()
-                                     if "==" in line and not APART.match(line)))
-    wanted = [line.strip() for line in [*read(HOST / "requirements.txt").splitlines(), *EXTRAS,
-                                        *OPTIONAL, "accelerate", "pip"]]
-    wanted = [line for line in wanted if line and not line.startswith("#")
-              and not APART.match(line)]
-    command = [str(LANE / "uv" / "bin" / "uv"), "pip", "install", "--quiet", "--no-cache",
+    uv = fetch_uv(LANE / "uv")
+    wanted = ["torch", *requirements(HOST), *EXTRAS, *OPTIONAL, "accelerate", "pip"]
+    wanted = [package for package in wanted if not APART.match(package)]
+    command = [uv, "pip", "install", "--quiet", "--no-cache",
                "--python-platform", "windows", "--python-version",
                f"{sys.version_info.major}.{sys.version_info.minor}", "--target", str(PACKAGES),
-               "--only-binary", ":all:", "--no-binary", "toml", "-c", str(constraints), *wanted]
+               "--only-binary", ":all:", "--no-binary", "toml", "-c", str(LOCKED), *wanted]
     subprocess.run(command, check=True)
     # Zig for Windows does not run in Wine: in its place stands a program that calls Linux's
     compile_program(SOURCES / "zig.c", PACKAGES / "ziglang" / "zig.exe", "-municode")

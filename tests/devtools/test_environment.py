@@ -1,5 +1,6 @@
 """The first set-up: a line for each step; of pip nothing unless it fails. A
 Python of the user's own needs no more than a command uses. What is run ends with dev.py."""
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from process_tree import start_interruptible
 
 from devtools import ROOT
@@ -41,8 +44,45 @@ def test_torch_for_cpus_comes_first_and_another_build_is_told(is_found, monkeypa
     monkeypatch.setattr(environment, "try_pip", lambda python, package: (
         asked.append(package), None if is_found else "none matches")[1])
     environment._install_torch(Path("python"))
-    assert asked == [f"{environment.TORCH}+cpu", environment.TORCH][:2 - is_found]
+    torch = asked[-1].removesuffix("+cpu")
+    assert re.match(r"torch==[\d.]+$", torch) and asked == [f"{torch}+cpu", torch][:2 - is_found]
     assert ("tests on fake GPUs are skipped" in capsys.readouterr().out) != is_found
+
+
+PLATFORMS = {"linux": ("Linux", "x86_64"), "darwin": ("Darwin", "arm64"),
+             "win32": ("Windows", "AMD64")}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_one_version_of_each_package_is_locked(python, platform):
+    system, machine = PLATFORMS[platform]
+    machines = {"python_version": python, "python_full_version": f"{python}.4",
+                "sys_platform": platform, "platform_system": system, "platform_machine": machine}
+
+    def hold(lines) -> list[Requirement]:
+        found = [Requirement(line) for line in lines]
+        return [one for one in found if one.marker is None or one.marker.evaluate(machines)]
+
+    locked = hold(re.findall(r"(?m)^\w.*", environment.read(environment.LOCKED)))
+    assert len({one.name for one in locked}) == len(locked) > 100
+    versions = {canonicalize_name(one.name): next(iter(one.specifier)) for one in locked}
+    assert {version.operator for version in versions.values()} == {"=="}
+    wanted = hold([*environment.COMPANIONS, *environment.requirements(HOST), *environment.EXTRAS,
+                   *environment.OPTIONAL])
+    wrong = [str(one) for one in wanted
+             if not one.specifier.contains(versions[canonicalize_name(one.name)].version)]
+    assert len(wanted) > 40 and not wrong
+
+
+@pytest.mark.skipif(not Path(sys.prefix).is_relative_to(environment.DEV),
+                    reason="this Python is the user's own")
+def test_the_environment_has_what_is_locked():
+    pairs = re.findall(r"(?m)^(\S+)==(\S+)", environment.read(environment.LOCKED))
+    installed = {canonicalize_name(one.name): one.version.partition("+")[0]
+                 for one in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])}
+    assert {name for name, _ in pairs if name in installed} == {
+        name for name, version in pairs if installed.get(name) == version}
 
 
 @pytest.fixture
