@@ -18,6 +18,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  Ctrl-C
   test [pytest ...]              run the linters and every test; with names of files only these,
                                  in seconds
+  test --changed [pytest ...]    run the files of tests that are nearest, by imports, to what has
+                                 changed since the last commit
   test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, a folder on
                                  each core; those that have passed as they are now are left out
   test --windows [pytest ...]    run the tests of files, nodes, formats and the server with Python

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from devtools import ROOT
+from devtools.changed import changed_tests
 from devtools.gpu import offline_bundle
 from devtools.growth import growth_text
 from devtools.host.environment import (
@@ -66,7 +67,12 @@ def test(arguments: list[str]) -> int:
     Of tests with many cases it runs a few (`--drawn`). Where the arguments name files, only these
     run, whole, and nothing is linted or downloaded. `--heavy` runs the heavy tests and the cases
     that may be left out, folder after folder. `--windows` runs them with Python for Windows.
+    `--changed` runs whole files, those nearest to what has changed.
     """
+    if arguments[:1] == ["--changed"]:
+        files = changed_tests()
+        print("\n".join(files) or "No test is near what has changed since the last commit.")
+        return test([*files, "-n", str(processes()), *arguments[1:]]) if files else 0
     if arguments[:1] == ["--windows"]:
         if os.name == "nt":
             return test(arguments[1:])
