@@ -1,8 +1,9 @@
 """Which cases of tests run: heavy ones with `--heavy`; `--drawn` takes a few of tests with many,
 others every day.
 
-That concerns the folders below, whose cases take longest. Without it, as in a run of named files,
-all cases run; `dev.py test --heavy` runs all that `--drawn` may leave out.
+That concerns the folders below, whose cases take longest, but for files that take seconds whole.
+Without it, as in a run of named files, all cases run; `dev.py test --heavy` runs all that `--drawn`
+may leave out.
 """
 import collections
 import datetime
@@ -15,6 +16,10 @@ import pytest
 MOST = 2  # cases of a test
 # of tests that start an editor for each case, and of the one that runs each example
 MOST_OF_FILES = {"server/test_browser.py": 1, "server/test_workflow_runs.py": 12}
+# files whose cases all take some seconds together
+CHEAP = tuple(f"node/test_{name}.py" for name in (
+    "added_inputs", "choices", "file_inputs", "help_pages", "legacy_kj", "locales", "nodes",
+    "prompt_values", "renamed_options"))
 FOLDERS = (*MOST_OF_FILES, "demo/", "devtools/", "node/", *(f"loaders/{name}/" for name in (
     "comfyui", "encoders", "files", "inspect", "lora", "models", "packing")), *(
     f"ops/{name}/" for name in ("kernels", "layers", "packing", "patcher", "patches", "tensor")))
@@ -49,7 +54,8 @@ def pytest_collection_modifyitems(config, items):
     tests = collections.defaultdict(list)
     for item in items:
         name = item.nodeid.partition("[")[0]
-        if name.startswith(FOLDERS) and "heavy" not in item.keywords:
+        if name.startswith(FOLDERS) and not name.startswith(CHEAP) and (
+                "heavy" not in item.keywords):
             tests[name].append(item)
     left_out = set()
     for name, cases in tests.items():
