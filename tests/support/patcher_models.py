@@ -1,5 +1,6 @@
-"""A packed Flux beside the dense one of its values, on a CPU and in dynamic VRAM, for the tests of
-the patcher."""
+"""Models for the tests of the patcher: a packed Flux beside the dense one of its values, on a CPU
+and in dynamic VRAM, and what is placed on fake GPUs."""
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -7,6 +8,7 @@ import dynamic_vram
 import pytest
 import torch
 from fake_gpus import ON_FAKE_GPUS
+from gpu_memory import step
 from patched_models import (
     dense_flux,
     error_by_effect,
@@ -17,8 +19,12 @@ from patched_models import (
     lora_for,
     packed_flux,
     packed_layers,
+    patched,
     plain_outputs,
 )
+from small_encoders import encode, lora_for_t5, patched_clip
+
+from featherweight.loaders.models.placement import place, place_clip
 
 # a format of ours, and some of the host's beside NF4: computed by the host in float, by its own
 # product, and by us
@@ -97,3 +103,30 @@ def models(request, monkeypatch, small_models):
     yield Models(name, *pair, *plain_outputs(*pair, name), len(packed_layers(pair[0])), uploads)
     if ON_FAKE_GPUS:
         forget_models()
+
+
+# --- on fake GPUs ---
+
+
+class Subject(NamedTuple):
+    """A model or text encoder, a LoRA for it, and the functions for one of its kind."""
+
+    model: Any
+    lora: dict
+    patched: Callable
+    place: Callable
+    run: Callable
+
+    @classmethod
+    def of_flux(cls, patcher, values: dict, **options) -> "Subject":
+        return cls(patcher, lora_for(values, **options), patched, place, step)
+
+    @classmethod
+    def of_t5(cls, clip, values: dict, **options) -> "Subject":
+        packed = {name: value for name, value in values.items()
+                  if "relative_attention_bias" not in name}
+        return cls(clip, lora_for_t5(packed, **options), patched_clip, place_clip, encode)
+
+
+def patcher_of(model):
+    return getattr(model, "patcher", model)
