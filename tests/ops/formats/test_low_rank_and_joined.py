@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from comfy.weight_adapter import LoRAAdapter
 from host_patches import patched_by_host
+from patched_layers import plain_lora, with_patches
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
@@ -19,7 +19,6 @@ from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.low_rank import LowRank
-from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import (
     PickledWeight,
     is_packed,
@@ -377,12 +376,10 @@ def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
     layer.load_state_dict({"weight": weight})
     patches, start = [], 0
     for part in [*parts, weight]:
-        up, down = torch.randn(len(part), 3), torch.randn(3, COLUMNS) / 8
         offset = None if part is weight else (0, start, len(part))
-        adapter = LoRAAdapter(set(), (up, down, None, None, None, None))
-        patches.append((0.5, adapter, 1.0, offset, None))
+        patches.append((0.06, plain_lora(len(part), COLUMNS), 1.0, offset, None))
         start += len(part)
-    layer.lora = build_patches("weight", patches, weight.shape, CPU, torch.float32)
+    with_patches(layer, patches)
     assert layer.lora.low_rank is not None and not layer.lora.weight_patches
     values = patched_by_host(patches, weight.dequantize())
     input = torch.randn(5, COLUMNS)
