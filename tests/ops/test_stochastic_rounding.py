@@ -10,24 +10,25 @@ pytestmark = pytest.mark.usefixtures("fixed_seed")
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
+def share_of(change: torch.Tensor, grid: torch.Tensor, dtype: torch.dtype) -> float:
+    """How much of a change of values that a dtype has arrives."""
+    moved = stochastic_round(grid + change, dtype).float() - grid
+    return ((moved * change).sum() / change.square().sum()).item()
+
+
 @each_dtype
 def test_dithered_values_are_neighbours_and_right_on_average(dtype):
     values = torch.randn(1 << 23)
     rounded = stochastic_round(values.clone(), dtype).float()
-    steps = (
-        torch.finfo(dtype).eps * values.abs()
-        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )
-    assert ((rounded - values).abs() <= steps).all() and torch.equal(
-        stochastic_round(values.clone(), dtype).float(), rounded
-    )
+    steps = torch.finfo(dtype).eps * (values.abs() + torch.finfo(dtype).smallest_normal)
+    assert ((rounded - values).abs() <= steps).all()
+    assert torch.equal(stochastic_round(values.clone(), dtype).float(), rounded)
     assert abs((rounded - values).mean() / steps.mean()) < 2e-3
     grid = values.to(dtype).float()
     # of a step that is added to values on the grid
     for share, allowed in ((0.01, 0.02), (0.1, 0.008), (0.4, 0.003)):
         change = share * torch.finfo(dtype).eps / 2 * grid * torch.rand(values.shape)
-        moved = stochastic_round(grid + change, dtype).float() - grid
-        assert abs((moved * change).sum() / change.square().sum() - 1) < allowed
+        assert abs(share_of(change, grid, dtype) - 1) < allowed
 
 
 def floats(first: int, last: int) -> torch.Tensor:
@@ -50,26 +51,18 @@ def test_dithering_keeps_each_number_of_the_dtype_and_nan_of_any_bits(dtype):
         assert stochastic_round(floats(first, first + 70000), dtype).isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "first", "largest", "last"),
-    [
-        (torch.float16, 0x477FB000, 0x477FE000, 0x47802000),
-        (torch.bfloat16, 0x7F7E0000, 0x7F7F0000, 0x7F800000),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "first", "largest", "last"), [
+    (torch.float16, 0x477FB000, 0x477FE000, 0x47802000),
+    (torch.bfloat16, 0x7F7E0000, 0x7F7F0000, 0x7F800000)], ids=str)
 def test_dithering_rounds_what_is_above_the_largest_number_to_the_nearest(
-    dtype, first, largest, last
-):
+        dtype, first, largest, last):
     # of float16, 65504 to 65600; all that float32 has of bfloat16, and infinity
     above = floats(largest, last)
     assert torch.equal(stochastic_round(above.clone(), dtype), above.to(dtype))
     below = floats(first, largest)
     rounded = stochastic_round(below.clone(), dtype).float()
-    assert (
-        rounded.isfinite().all()
-        and ((rounded - below).abs() < torch.finfo(dtype).eps * below.abs()).all()
-    )
+    assert rounded.isfinite().all()
+    assert ((rounded - below).abs() < torch.finfo(dtype).eps * below.abs()).all()
 
 
 def test_dithering_keeps_the_mean_of_numbers_that_are_subnormal_in_float16():
@@ -83,8 +76,7 @@ def test_dithering_keeps_the_mean_of_numbers_that_are_subnormal_in_float16():
             assert abs((rounded - signed).mean() / step) < 5 * spread + 1e-4, size
     grid = step * torch.randint(-1023, 1024, (1 << 20,))
     change = step * 0.05 * torch.rand(grid.shape)
-    moved = stochastic_round(grid + change, torch.float16).float() - grid
-    assert abs((moved * change).sum() / change.square().sum() - 1) < 0.03
+    assert abs(share_of(change, grid, torch.float16) - 1) < 0.03
 
 
 @pytest.mark.parametrize(("dtype", "dropped"), [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)

@@ -1,5 +1,9 @@
 """Single layers with patches, of every kind and in formats of ours and of the host's, beside the
 dense ones they stand for."""
+import copy
+import io
+import pickle
+
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -15,6 +19,18 @@ KERNELS = {"Linear": (), "Conv1d": (3,), "Conv2d": (3, 3), "Conv3d": (1, 2, 2)}
 CONVOLUTIONS = tuple(name for name, kernel in KERNELS.items() if kernel)
 LAYERS = (*((name, "Q8_0") for name in KERNELS), *(("Linear", name) for name in HOST_FORMATS))
 PATCHES = ("lora", "diff and lora")
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+# ways to copy a layer
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "torch.save": through_torch_save} | {
+    f"pickle {protocol}": lambda module, protocol=protocol: pickle.loads(
+        pickle.dumps(module, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)}
 
 
 def value_of(tensors: dict[str, torch.Tensor]):
