@@ -83,7 +83,7 @@ def test_a_format_leaves_no_recorded_memory_behind(format_name, recording):
 
 
 def test_the_factors_of_a_lora_are_cast_where_nothing_is_recorded(recording):
-    patches = build_patches("weight", patches_for("lora", torch.Size((8, COLUMNS))),
+    patches = build_patches("weight", patches_for("lora", torch.empty(8, COLUMNS)),
                             torch.Size((8, COLUMNS)), CPU, torch.float32)
     input = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
     with recording:

@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from comfy.weight_adapter import LoRAAdapter
 from host_patches import patched_by_host
+from patched_layers import plain_lora, with_patches
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
@@ -19,7 +19,6 @@ from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.low_rank import LowRank
-from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import (
     PickledWeight,
     is_packed,
@@ -90,25 +89,52 @@ WEIGHTS = {"times": times, "times columns": lambda: times("NF4", True),
 every_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
 
 
+def shifted():
+    columns = 128  # whole groups and padding
+    weight = with_low_rank(random_weight(SVDQUANT_INT4.of_columns(columns, 64), 128, columns),
+                           *factors(128, 16, columns))
+    return with_input_shift(weight, torch.randn(128))
+
+
+def taps_first():
+    weight = random_weight(INT8_ROWS.of_columns(COLUMNS))
+    packed_format = TapsFirst.of(weight.params.format, 4)
+    return packed_tensor(packed_format, *packed_tensors(weight)[:1], weight.shape, torch.float32,
+                         *packed_tensors(weight)[1:])
+
+
+def column_groups():
+    packed_format = ColumnGroups.of(FORMATS["Q8_0"], COLUMNS, 2, 4)
+    return packed_tensor(packed_format, random_weight(FORMATS["Q8_0"])._qdata, (24, COLUMNS),
+                         torch.float32)
+
+
+# those within others too
+NESTED = {"shifted": shifted, "taps first": taps_first,
+          "column groups": column_groups,
+          "rows of shifted": lambda: join_packed([shifted(), shifted()], 0),
+          "rows of columns": lambda: join_packed([joined(1), ranked(
+              INT8_ROWS.of_columns(joined(1).shape[1]), 8, joined(1).shape[1])], 0)}
+nested_too = pytest.mark.parametrize("make", (WEIGHTS | NESTED).values(), ids=WEIGHTS | NESTED)
+
+
 pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_low_rank_is_part_of_the_values(dtype):
+def test_a_low_rank_is_part_of_the_values(dtype, is_scaled):
     base, (up, down) = random_weight(INT8_ROWS.of_columns(COLUMNS)), factors(24)
-    weight = with_low_rank(base, up, down)
-    expected = base.dequantize() + up.float() @ down.float()
-    torch.testing.assert_close(weight.dequantize(), expected, rtol=1e-6, atol=1e-6)
+    scales = (torch.rand(24), torch.rand(COLUMNS)) if is_scaled else None
+    weight = with_low_rank(base, up, down, scales)
+    product_of_factors = up.float() @ down.float()
+    if is_scaled:
+        product_of_factors *= scales[0][:, None] * scales[1]
+    else:
+        assert weight.nbytes == base.nbytes + up.nbytes + down.nbytes
+    torch.testing.assert_close(weight.dequantize(), base.dequantize() + product_of_factors,
+                               rtol=1e-6, atol=1e-5)
     assert torch.equal(product.dequantize(weight, dtype), weight.dequantize().to(dtype))
-    assert weight.nbytes == base.nbytes + up.nbytes + down.nbytes
-
-
-def test_factors_of_rows_and_columns_are_those_of_the_low_rank():
-    base, (up, down) = random_weight(INT8_ROWS.of_columns(COLUMNS)), factors(24)
-    of_rows, of_columns = torch.rand(24), torch.rand(COLUMNS)
-    weight = with_low_rank(base, up, down, (of_rows, of_columns))
-    expected = base.dequantize() + up.float() @ down.float() * of_rows[:, None] * of_columns
-    torch.testing.assert_close(weight.dequantize(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_factors_that_do_not_fit_are_refused():
@@ -210,12 +236,14 @@ def test_a_weight_is_found_by_the_name_of_its_format(make):
     assert list(map(str, again.formats_within())) == list(map(str, packed_format.formats_within()))
 
 
-@every_weight
+@nested_too
 def test_a_weight_survives_pickling(make):
     weight = make()
     again = pickle.loads(pickle.dumps(PickledWeight(torch.nn.Parameter(
         weight, requires_grad=False))))
     assert is_packed(again) and torch.equal(again.dequantize(), weight.dequantize())
+    if weight.params.input_shift is not None:
+        assert torch.equal(again.params.input_shift, weight.params.input_shift)
 
 
 def test_rows_of_a_weight_with_a_low_rank_stay_packed_and_those_of_a_joined_one_do_not():
@@ -255,40 +283,12 @@ def test_a_compiled_product_has_no_graph_break(make):
         assert_same(compiled, run(input))
 
 
-def shifted():
-    columns = 128  # whole groups and padding
-    weight = with_low_rank(random_weight(SVDQUANT_INT4.of_columns(columns, 64), 128, columns),
-                           *factors(128, 16, columns))
-    return with_input_shift(weight, torch.randn(128))
-
-
-def taps_first():
-    weight = random_weight(INT8_ROWS.of_columns(COLUMNS))
-    packed_format = TapsFirst.of(weight.params.format, 4)
-    return packed_tensor(packed_format, *packed_tensors(weight)[:1], weight.shape, torch.float32,
-                         *packed_tensors(weight)[1:])
-
-
-def column_groups():
-    packed_format = ColumnGroups.of(FORMATS["Q8_0"], COLUMNS, 2, 4)
-    return packed_tensor(packed_format, random_weight(FORMATS["Q8_0"])._qdata, (24, COLUMNS),
-                         torch.float32)
-
-
-# those within others too
-NESTED = {"shifted": shifted, "taps first": taps_first,
-          "column groups": column_groups,
-          "rows of shifted": lambda: join_packed([shifted(), shifted()], 0),
-          "rows of columns": lambda: join_packed([joined(1), ranked(
-              INT8_ROWS.of_columns(joined(1).shape[1]), 8, joined(1).shape[1])], 0)}
-
-
 def test_every_format_made_of_others_is_tried():
     formats = {type(make().params.format) for make in (WEIGHTS | NESTED).values()}
     assert formats == set(Composite.__subclasses__())
 
 
-@pytest.mark.parametrize("make", (WEIGHTS | NESTED).values(), ids=WEIGHTS | NESTED)
+@nested_too
 @pytest.mark.parametrize("fast", [False, True])
 def test_products_leave_nothing_behind(make, fast):
     weight = make()
@@ -377,12 +377,10 @@ def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
     layer.load_state_dict({"weight": weight})
     patches, start = [], 0
     for part in [*parts, weight]:
-        up, down = torch.randn(len(part), 3), torch.randn(3, COLUMNS) / 8
         offset = None if part is weight else (0, start, len(part))
-        adapter = LoRAAdapter(set(), (up, down, None, None, None, None))
-        patches.append((0.5, adapter, 1.0, offset, None))
+        patches.append((0.06, plain_lora(len(part), COLUMNS), 1.0, offset, None))
         start += len(part)
-    layer.lora = build_patches("weight", patches, weight.shape, CPU, torch.float32)
+    with_patches(layer, patches)
     assert layer.lora.low_rank is not None and not layer.lora.weight_patches
     values = patched_by_host(patches, weight.dequantize())
     input = torch.randn(5, COLUMNS)

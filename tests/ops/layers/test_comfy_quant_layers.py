@@ -5,19 +5,25 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
-from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
+from host_patches import patched_by_host
+from patched_layers import PATCHES, patches_for, plain_lora, with_patches
 from patched_models import relative
 
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import adopt
-from featherweight.ops.patches.layer_patches import build_patches
 
 OPERATIONS = packed_operations(mixed=True)
-ROWS, COLUMNS, RANK = 128, 256, 4
+ROWS, COLUMNS = 128, 256
+product = torch.nn.functional.linear
+
+pytestmark = pytest.mark.usefixtures("fixed_seed", "no_gradients")
 
 
-pytestmark = pytest.mark.usefixtures("fixed_seed")
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
 
 
 def layers(format_name: str, dtype=torch.float32, smoothing=None, **config):
@@ -31,10 +37,8 @@ def layers(format_name: str, dtype=torch.float32, smoothing=None, **config):
         if "pre_quant_scale" not in QUANT_ALGOS[format_name]["parameters"]:
             pytest.skip("this ComfyUI does not smooth the input of a layer")
         parts["pre_quant_scale"], values = smoothing, values * smoothing
-    made = [
-        OPERATIONS.Linear(COLUMNS, ROWS, dtype=dtype),
-        host_operations(dtype).Linear(COLUMNS, ROWS, dtype=dtype)
-    ]
+    made = [operations.Linear(COLUMNS, ROWS, dtype=dtype)
+            for operations in (OPERATIONS, host_operations(dtype))]
     for layer in made:
         layer.load_state_dict({name: value.clone() for name, value in parts.items()})
     return *made, values
@@ -44,41 +48,21 @@ def host_operations(dtype):
     return comfy.ops.mixed_precision_ops({"mixed_ops": True}, dtype, disabled=OPERATIONS._disabled)
 
 
-def patches_of(kind: str, device="cpu", dtype=torch.float32, strength: float = 0.7):
-    """(what a layer runs, the function that does the same to its dense weight)"""
-    generator = torch.Generator().manual_seed(1)
-    up, down = (
-        torch.randn(ROWS, RANK, generator=generator) / 8,
-        torch.randn(RANK, COLUMNS, generator=generator) / 8,
-    )
-    if kind == "lora":
-        patch = (strength, LoRAAdapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
-        built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device),
-                              dtype)
-        return built, lambda weight: weight + strength * 2.0 / RANK * up @ down
-    patch = (strength, ("diff", (up @ down,)), 0.5, None, None)
-    built = build_patches("weight", [patch], torch.Size((ROWS, COLUMNS)), torch.device(device),
-                          dtype)
-    return built, lambda weight: 0.5 * weight + strength * up @ down
-
-
 @pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 5, COLUMNS)])
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_without_patches_it_is_the_hosts_layer(format_name, shape):
     ours, host, _ = layers(format_name)
     input = torch.randn(shape)
-    with torch.no_grad():
-        assert relative(ours(input), host(input)) < 1e-6
+    assert relative(ours(input), host(input)) < 1e-6
 
 
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_a_lora_adds_its_product_to_the_hosts(format_name):
     ours, host, values = layers(format_name)
-    ours.lora, change = patches_of("lora")
+    with_patches(ours, patches := patches_for("lora", values))
     codes, input = ours.weight._qdata.clone(), torch.randn(2, 5, COLUMNS)
-    with torch.no_grad():
-        added = ours(input) - host(input)
-    assert relative(added, torch.nn.functional.linear(input, change(values) - values)) < 1e-5
+    added = ours(input) - host(input)
+    assert relative(added, product(input, patched_by_host(patches, values) - values)) < 1e-5
     assert torch.equal(ours.weight._qdata, codes)
 
 
@@ -86,30 +70,25 @@ def test_a_lora_adds_its_product_to_the_hosts(format_name):
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_patches_that_change_the_weight_run_in_float(format_name, dtype, limit):
     ours, _, values = layers(format_name, dtype)
-    ours.lora, change = patches_of("diff", dtype=dtype)
+    with_patches(ours, patches := patches_for("diff and lora", values), dtype)
     codes, input = ours.weight._qdata.clone(), torch.randn(2, 5, COLUMNS)
-    expected = torch.nn.functional.linear(input, change(values), ours.bias.float())
-    with torch.no_grad():
-        assert relative(ours(input.to(dtype)).float(), expected) < limit
+    expected = product(input, patched_by_host(patches, values), ours.bias.float())
+    assert relative(ours(input.to(dtype)).float(), expected) < limit
     assert torch.equal(ours.weight._qdata, codes)
 
 
 @pytest.mark.parametrize("given", ["quantised", "dense"])
-@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("kind", PATCHES)
 def test_smoothing_of_the_input_is_not_smoothing_of_the_patch(kind, given):
-    smoothing = torch.linspace(0.5, 2, COLUMNS)
-    ours, host, values = layers("nvfp4", smoothing=smoothing)
+    ours, host, values = layers("nvfp4", smoothing=torch.linspace(0.5, 2, COLUMNS))
     input = torch.randn(3, COLUMNS)
     if given == "dense":
         # a layer of dynamic VRAM, which the host casts for the CPU by dequantising it
         ours._v = object()
-    with torch.no_grad():
-        assert relative(ours(input), host(input)) < 1e-6
-        ours.lora, change = patches_of(kind)
-        assert (
-            relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias))
-            < 1e-6
-        )
+    assert relative(ours(input), host(input)) < 1e-6
+    with_patches(ours, patches := patches_for(kind, values))
+    expected = product(input, patched_by_host(patches, values), ours.bias)
+    assert relative(ours(input), expected) < 1e-6
 
 
 def test_a_wrapper_of_a_smoothed_weight_runs_as_in_the_host():
@@ -117,47 +96,38 @@ def test_a_wrapper_of_a_smoothed_weight_runs_as_in_the_host():
     input = torch.randn(3, COLUMNS)
     for layer in (ours, host):
         layer.weight_function = [torch.relu]
-    with torch.no_grad():
-        assert torch.equal(ours(input), host(input))
+    assert torch.equal(ours(input), host(input))
 
 
-@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("kind", PATCHES)
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_a_wrapped_weight_takes_patches(format_name, kind):
     ours, _, values = layers(format_name)
-    ours.lora, change = patches_of(kind)
+    with_patches(ours, patches := patches_for(kind, values))
     input = torch.randn(3, COLUMNS)
-    expected = torch.nn.functional.linear(input, change(values), ours.bias)
     ours.weight_function = [lambda weight: weight]
-    with torch.no_grad():
-        assert relative(ours(input), expected) < 1e-2
+    expected = product(input, patched_by_host(patches, values), ours.bias)
+    assert relative(ours(input), expected) < 1e-2
 
 
 def test_a_file_that_asks_for_the_float_product_of_int8_gets_it():
     ours, host, values = layers("int8_tensorwise", full_precision_matrix_mult=True)
     input = torch.randn(3, COLUMNS)
-    expected = torch.nn.functional.linear(input, values, ours.bias)
-    with torch.no_grad():
-        assert relative(ours(input), expected) < 1e-6 < 1e-3 < relative(host(input), expected)
-        ours.lora, change = patches_of("lora")
-        assert (
-            relative(ours(input), torch.nn.functional.linear(input, change(values), ours.bias))
-            < 1e-6
-        )
+    expected = product(input, values, ours.bias)
+    assert relative(ours(input), expected) < 1e-6 < 1e-3 < relative(host(input), expected)
+    with_patches(ours, patches := patches_for("lora", values))
+    expected = product(input, patched_by_host(patches, values), ours.bias)
+    assert relative(ours(input), expected) < 1e-6
 
 
 @pytest.mark.parametrize("format_name", HOST_FORMATS)
 def test_a_weight_the_host_patches_stays_dense(format_name):
     ours, _, values = layers(format_name)
-    with torch.no_grad():
-        dense = ours.convert_weight(ours.weight)
-        assert torch.equal(dense, values)
-        ours.set_weight(dense + 1e-4)
-        input = torch.randn(3, COLUMNS)
-        assert (
-            relative(ours(input), torch.nn.functional.linear(input, values + 1e-4, ours.bias))
-            < 1e-6
-        )
+    dense = ours.convert_weight(ours.weight)
+    assert torch.equal(dense, values)
+    ours.set_weight(dense + 1e-4)
+    input = torch.randn(3, COLUMNS)
+    assert relative(ours(input), product(input, values + 1e-4, ours.bias)) < 1e-6
 
 
 # --- tables of embeddings ---
@@ -169,10 +139,8 @@ def tables(format_name: str, dtype=torch.float32, seed: int = 0):
     parts, values = in_host_format("weight",
                                    torch.randn(ROWS, COLUMNS, generator=generator) / 16,
                                    format_name)
-    made = [
-        operations.Embedding(ROWS, COLUMNS, dtype=dtype)
-        for operations in (OPERATIONS, host_operations(dtype))
-    ]
+    made = [operations.Embedding(ROWS, COLUMNS, dtype=dtype)
+            for operations in (OPERATIONS, host_operations(dtype))]
     for table in made:
         table.load_state_dict({name: value.clone() for name, value in parts.items()})
     return *made, values
@@ -206,11 +174,9 @@ def table_patcher(format_name: str, seed: int = 0):
 
 def lora_on_table(patcher):
     """(a clone with a LoRA on its table, what that adds to the values)"""
-    up, down = torch.randn(ROWS, RANK) / 8, torch.randn(RANK, COLUMNS) / 8
-    patcher = patcher.clone()
-    assert patcher.add_patches(
-        {"table.weight": LoRAAdapter(set(), (up, down, None, None, None, None))}, 0.7)
-    return patcher, 0.7 * up @ down
+    lora, patcher = plain_lora(ROWS, COLUMNS, spread=1 / 8), patcher.clone()
+    assert patcher.add_patches({"table.weight": lora}, 0.7)
+    return patcher, 0.7 * lora.weights[0] @ lora.weights[1]
 
 
 def merged_tables(patcher, format_name):
@@ -233,9 +199,8 @@ def test_patches_on_a_table_run_are_read_and_are_saved(format_name, kind):
     for found in (ran, read, saved):
         assert relative(found - values, change) < 1e-6
     comfy.model_management.load_models_gpu([plain])
-    assert torch.equal(plain.model.table(ids), values) and torch.equal(
-        plain.model.table.weight._qdata, codes
-    )
+    assert torch.equal(plain.model.table(ids), values)
+    assert torch.equal(plain.model.table.weight._qdata, codes)
     assert torch.equal(dict(plain.model_state_dict().items())["table.weight"], values)
     assert plain.model_state_dict_for_saving()["table.weight"].dtype == codes.dtype
     comfy.model_management.unload_all_models()

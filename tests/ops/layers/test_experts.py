@@ -11,11 +11,11 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
 from host_patches import patched_by_host
+from patched_layers import with_patches
 
 from devtools.files.gguf_files import pack
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SHAPE = EXPERTS, ROWS, COLUMNS = 5, 48, 512
@@ -56,9 +56,8 @@ def patches_of(kind: str, seed: int = 0) -> list:
     value = {
         "lora": LoRAAdapter(set(), (up, down, 1.5, None, None, None)),
         "loha": LoHaAdapter(set(), (up, down, None, up + 1, down - 1, None, None, None)),
-        "dora": LoRAAdapter(set(),
-                            (up, down, 1.5, None, whole.flatten(1).norm(dim=1)[:, None, None],
-                             None)),
+        "dora": LoRAAdapter(set(), (
+            up, down, 1.5, None, whole.flatten(1).norm(dim=1)[:, None, None], None)),
         "diff": ("diff", (whole,)), "set": ("set", (whole,))
     }[kind]
     return [(0.7, value, 1.0, None, None)]
@@ -73,61 +72,34 @@ def dequantized(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("is_resident", [True, False])
-@pytest.mark.parametrize(
-    "kinds", [(), ("lora",), ("loha",), ("diff", "lora"), ("set",)], ids="-".join
-)
+@pytest.mark.parametrize(("kinds", "is_resident"), [
+    *((kinds, is_resident) for kinds in ((), ("lora",), ("loha",), ("diff", "lora"), ("set",))
+      for is_resident in (True, False)), (("dora",), True)], ids=str)
 def test_only_the_experts_asked_for_are_dequantized(kinds, is_resident, dequantized):
+    """But for a patch that needs the whole bank, once while it is resident."""
+    whole = kinds == ("dora",)
     ours, hosts = banks("MXFP4")
     patches = [patch for seed, kind in enumerate(kinds) for patch in patches_of(kind, seed)]
-    ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32,
-                              ours.has_branch)
+    with_patches(ours, patches)
     hosts.weight.data = patched_by_host(patches, hosts.weight.data)
     input = torch.randn(3, COLUMNS)
     with ours.bank_resident(input) if is_resident else contextlib.nullcontext(ours) as bank:
-        for count, expert in enumerate((1, 4, 2), 1):
-            assert (
-                relative_error(
-                    bank.expert_linear(input, expert), hosts.expert_linear(input, expert)
-                )
-                < 1e-6
-            )
-            assert sum(dequantized) * 32 == count * ROWS * COLUMNS
+        for count, expert in enumerate(range(EXPERTS) if whole else (1, 4, 2), 1):
+            expected = hosts.expert_linear(input, expert)
+            assert relative_error(bank.expert_linear(input, expert), expected) < 1e-6
+            assert sum(dequantized) * 32 == (EXPERTS if whole else count) * ROWS * COLUMNS
 
 
-def test_a_patch_that_needs_the_whole_bank_is_computed_once_while_it_is_resident(dequantized):
-    ours, hosts = banks("MXFP4")
-    patches = patches_of("dora")
-    ours.lora = build_patches("w", patches, torch.Size(SHAPE), torch.device("cpu"), torch.float32,
-                              ours.has_branch)
-    hosts.weight.data = patched_by_host(patches, hosts.weight.data)
-    input = torch.randn(3, COLUMNS)
-    with ours.bank_resident(input) as bank:
-        for expert in range(EXPERTS):
-            assert (
-                relative_error(
-                    bank.expert_linear(input, expert), hosts.expert_linear(input, expert)
-                )
-                < 1e-6
-            )
-    assert sum(dequantized) * 32 == EXPERTS * ROWS * COLUMNS
-
-
-def test_dense_experts_take_patches_too():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_experts_take_patches_and_compute_in_the_inputs_dtype(dtype):
     ours = packed_operations().MoEExperts(EXPERTS, COLUMNS, ROWS, bias=False, dtype=torch.float32)
-    weight, input, patches = torch.randn(SHAPE), torch.randn(3, COLUMNS), patches_of("lora")
+    weight, input = torch.randn(SHAPE), torch.randn(3, COLUMNS, dtype=dtype)
     ours.load_state_dict({"weight": weight})
-    ours.lora = build_patches("w", patches, weight.shape, torch.device("cpu"), torch.float32,
-                              ours.has_branch)
-    patched = patched_by_host(patches, weight)
-    assert relative_error(ours.expert_linear(input, 3), input @ patched[3].t()) < 1e-6
-    assert torch.equal(ours.weight, weight)
-
-
-def test_dense_experts_compute_in_the_inputs_dtype():
-    ours = packed_operations().MoEExperts(EXPERTS, COLUMNS, ROWS, bias=False, dtype=torch.float32)
-    weight = torch.randn(SHAPE)
-    ours.load_state_dict({"weight": weight})
-    input = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
-    assert torch.equal(ours.expert_linear(input, 3),
-                       torch.nn.functional.linear(input, weight[3].bfloat16()))
+    expected = torch.nn.functional.linear(input, weight[3].to(dtype))
+    assert torch.equal(ours.expert_linear(input, 3), expected)
+    if dtype == torch.float32:
+        patches = patches_of("lora")
+        patched = patched_by_host(patches, weight)
+        out = with_patches(ours, patches).expert_linear(input, 3)
+        assert relative_error(out, input @ patched[3].t()) < 1e-6
+        assert torch.equal(ours.weight, weight)

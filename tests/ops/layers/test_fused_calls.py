@@ -11,13 +11,12 @@ import torch
 from host_formats import HOST_FORMATS
 from host_patches import patched_by_host
 from linear_calls import ACTIVATIONS, FUSED, HELPER, SHAPES, activate, linear_calls
-from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for
+from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for, with_patches
 
 from featherweight.ops import host_versions
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.fused_calls import UnknownArgumentError
 from featherweight.ops.layers.packed_layers import make_packed
-from featherweight.ops.patches.layer_patches import build_patches
 
 # kind of layer -> the format of its weight: of this pack, of the host, or none
 KINDS = {
@@ -55,9 +54,7 @@ def dense_layer(kind: str, patches: str | None):
     layer.load_state_dict({"weight": weight, "bias": bias})
     weight = weight.float()
     if patches is not None:
-        given = patches_for(patches, weight.shape)
-        layer.lora = build_patches("weight", given, weight.shape, torch.device("cpu"),
-                                   torch.float32, layer.has_branch)
+        with_patches(layer, given := patches_for(patches, weight))
         weight = patched_by_host(given, weight)
     return layer, lambda input: torch.nn.functional.linear(input, weight, bias)
 

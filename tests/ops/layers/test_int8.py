@@ -5,6 +5,7 @@ from devtools.measure.weights import snr
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from patched_layers import with_patches
 from user_kernels import forget_decisions
 
 from featherweight.ops import kernels
@@ -15,7 +16,6 @@ from featherweight.ops.kernels import int8_codes
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, product, workspace
 from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
@@ -140,12 +140,8 @@ def test_the_product_is_that_of_the_codes(name, dtype):
     input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
     codes, scales = int8._encode_tokens(input)
     weight_codes, weight_scales = encoded_rows(weight)
-    exact = (
-        codes.double()
-        @ weight_codes.double().t()
-        * scales.double()[:, None]
-        * weight_scales.double()
-    )
+    exact = codes.double() @ weight_codes.double().t()
+    exact *= scales.double()[:, None] * weight_scales.double()
     for addend in (None, bias):
         expected = exact + (0 if addend is None else addend.double())
         got = product.linear(input, weight, addend, fast=True)
@@ -207,47 +203,25 @@ def test_rows_of_zeros_give_the_bias():
 # --- LoRA ---
 
 
-def lora(strength=1.0, rank=4, rows=ROWS):
-    up, down = normal(rows, rank, seed=5) * 0.02, normal(rank, COLUMNS, seed=6) * COLUMNS ** -0.5
-    return (
-        strength,
-        LoRAAdapter(set(), (up, down, None, None, None, None)),
-        1.0,
-        None,
-        None,
-    ), up @ down
-
-
 @needs_vnni
-def test_a_lora_has_its_exact_effect_at_any_strength_and_token_count():
-    # at the second, the exact product merges the LoRA into the dequantised weight
-    for tokens in (TOKENS, 4096):
-        layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(tokens, COLUMNS)
-        without = layer(input)
-        for strength in (1.0, -0.5):
-            patch, delta = lora(strength)
-            layer.lora = build_patches("w.weight", [patch], layer.weight.shape, CPU, torch.float32)
-            effect = strength * input @ delta.t()
-            assert (layer(input) - without - effect).norm() < 1e-4 * effect.norm()
-            layer.lora = None
+# at the second, the exact product merges the LoRA into the dequantised weight
+@pytest.mark.parametrize("tokens", [TOKENS, 4096])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_a_lora_has_its_exact_effect_at_any_strength_and_token_count(tokens, strength):
+    layer, input = layer_of(normal_weight(ROWS, COLUMNS)), normal(tokens, COLUMNS)
+    up, down = normal(ROWS, 4, seed=5) * 0.02, normal(4, COLUMNS, seed=6) * COLUMNS ** -0.5
+    value, without = LoRAAdapter(set(), (up, down, None, None, None, None)), layer(input)
+    with_patches(layer, [(strength, value, 1.0, None, None)])
+    effect = strength * input @ (up @ down).t()
+    assert (layer(input) - without - effect).norm() < 1e-4 * effect.norm()
 
 
 # --- where it runs ---
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "columns",
-        "rows",
-        "tokens",
-        "tokens without a kernel",
-        "device",
-        "gradient",
-        "weight patch",
-        "exact",
-    ],
-)
+@pytest.mark.parametrize("case", [
+    "columns", "rows", "tokens", "tokens without a kernel", "device", "gradient", "weight patch",
+    "exact"])
 def test_elsewhere_the_product_is_exact(case, monkeypatch):
     rows, columns, tokens = ROWS, COLUMNS, TOKENS
     if case == "columns":
@@ -262,14 +236,11 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
         monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
     weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)
     input = normal(tokens, columns).requires_grad_(case == "gradient")
-    exact, layer = (
-        layer_of(weight, "exact", bias),
-        layer_of(weight, "exact" if case == "exact" else "int8", bias),
-    )
+    exact, layer = (layer_of(weight, compute, bias)
+                    for compute in ("exact", "exact" if case == "exact" else "int8"))
     if case == "weight patch":
-        patch = (1.0, (normal(rows, columns, seed=3),), 1.0, None, None)
-        exact.lora = layer.lora = build_patches("w.weight", [patch], weight.shape, CPU,
-                                                torch.float32)
+        for each in (exact, layer):
+            with_patches(each, [(1.0, (normal(rows, columns, seed=3),), 1.0, None, None)])
     assert torch.equal(layer(input), exact(input))
 
 
@@ -312,16 +283,7 @@ def test_compiled_fullgraph_agrees_with_eager_for_few_tokens_and_many():
 @needs_vnni
 def test_the_operator_has_a_right_fake():
     weight = weight_of()
-    arguments = (
-        normal(2, TOKENS, COLUMNS),
-        packed_tensors(weight),
-        None,
-        "Q8_0",
-        ROWS,
-        None,
-        [],
-        [],
-        True,
-    )
+    arguments = (normal(2, TOKENS, COLUMNS), packed_tensors(weight), None, "Q8_0", ROWS, None, [],
+                 [], True)
     torch.library.opcheck(torch.ops.featherweight.linear.default, arguments,
                           test_utils=("test_schema", "test_faketensor"))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from comfy.weight_adapter import LoRAAdapter
+from patched_layers import plain_lora
 from python_calls import python_calls
 
 from featherweight.ops import kernels
@@ -47,8 +47,7 @@ def test_loras_add_few_calls(count, tokens, compiled):
     layer = layer.to(GPU)
     input = torch.zeros(tokens, COLUMNS, dtype=torch.bfloat16, device=GPU)
     without = python_calls(layer, input)
-    factors = torch.randn(ROWS, 16), torch.randn(16, COLUMNS), None, None, None, None
-    patches = [(1.0, LoRAAdapter(set(), factors), 1.0, None, None)] * count
+    patches = [(1.0, plain_lora(ROWS, COLUMNS, rank=16), 1.0, None, None)] * count
     layer.lora = build_patches("weight", patches, layer.weight.shape, GPU, torch.bfloat16)
     with_loras = python_calls(layer, input)
     added = with_loras - without

@@ -5,21 +5,19 @@ import random
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
-from comfy.weight_adapter import LoRAAdapter
 from comfy_kitchen.tensor import get_layout_class
 from host_formats import HOST_VARIANTS, by_kitchen, in_host_format
 from host_patches import patched_by_host
 from kernel_cases import cpu_kernels
 from lora_gain import Gain
+from patched_layers import plain_lora, with_patches
 
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.rounded_sum import add_small
-from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
-CPU = torch.device("cpu")
 NORMS = (0.0005, 0.003, 0.05)  # of the change, divided by that of the weight
 ALLOWED = 0.01
 OUTPUTS = 1 << 20  # over which the rounding averages out to a quarter of what is allowed
@@ -49,17 +47,10 @@ def host_layer(format_name: str, config: dict, monkeypatch, shape=None, dtype=to
 def plain_loras(values: torch.Tensor, count: int, norm: float, offset=None) -> list:
     """The host's patches of LoRAs that together change the weight by a share of its norm."""
     rows, columns = values.shape if offset is None else (offset[2], values.shape[1])
-    factors = [(torch.randn(rows, rank), torch.randn(rank, columns))
-               for rank in random.choices((1, 4, 16), k=count)]
-    change = sum(up @ down for up, down in factors)
+    loras = [plain_lora(rows, columns, rank=rank) for rank in random.choices((1, 4, 16), k=count)]
+    change = sum(lora.weights[0] @ lora.weights[1] for lora in loras)
     strength = norm * (values.norm() / change.norm()).item()
-    return [(strength, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, offset, None)
-            for up, down in factors]
-
-
-def with_patches(layer, patches: list):
-    layer.lora = build_patches("weight", patches, layer.weight.shape, CPU, layer.weight.dtype)
-    return layer
+    return [(strength, lora, 1.0, offset, None) for lora in loras]
 
 
 def change_of(patches: list, values: torch.Tensor) -> torch.Tensor:
@@ -84,7 +75,7 @@ def test_a_lora_has_its_full_strength(format_name, config, dtype, count, monkeyp
             with torch.no_grad():
                 layer.lora = None
                 without = layer(input).float()
-                after = with_patches(layer, patches)(input).float()
+                after = with_patches(layer, patches, dtype)(input).float()
             gain.add(after - without, input.float() @ change)
         assert abs(gain.value - 1) <= ALLOWED, f"{norm:.2%}: {gain.value:.4f} of it arrives"
 
@@ -137,7 +128,7 @@ def test_launches_do_not_grow_with_the_number_of_loras(format_name, config, dtyp
     for count in (1, 2, 5):
         patches = [patch for index in range(slices) for patch in plain_loras(
             values, count, 0.01, (0, index * rows, rows) if slices > 1 else None)]
-        counts[count] = launches(with_patches(layer, patches), input)
+        counts[count] = launches(with_patches(layer, patches, dtype), input)
     assert counts[1] == counts[2] == counts[5]
     layer.lora = None
     # down and, of each slice, up; behind that the sum
@@ -168,7 +159,7 @@ def test_nothing_is_quantised_again(format_name, config, monkeypatch):
     with torch.no_grad():
         layer(input)
         without = list(shapes)
-        with_patches(layer, plain_loras(values, 2, 0.01))(input)
+        with_patches(layer, plain_loras(values, 2, 0.01), torch.bfloat16)(input)
     assert shapes == without * 2 and values.shape not in shapes
     assert layer.weight is weight
     for name, part in layer.weight.state_dict("weight").items():

@@ -5,20 +5,17 @@ import gc
 import math
 import weakref
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from comfy.ops import manual_cast
 from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
-from patched_models import relative
+from patched_models import packed_anyhow, relative
 
-from devtools.files.gguf_files import pack
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers import product, workspace
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.load_hooks import dequantize_plain_parameters
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, reshape_to
+from featherweight.ops.tensor.packed_layout import is_packed, reshape_to
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = ("Q8_0", "Q4_K", "IQ2_XS")
@@ -26,25 +23,17 @@ FORMAT_NAMES = ("Q8_0", "Q4_K", "IQ2_XS")
 
 def random_weight(format_name, shape, seed=0):
     """A packed weight and its dense float32 values by gguf's reference."""
-    packed_format = FORMATS[format_name]
-    stored = (
-        shape if shape[-1] % packed_format.block_length == 0 else (-1, packed_format.block_length)
-    )
-    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32).reshape(stored)
-    data = pack(values, format_name, seed)
-    dense = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name]).reshape(shape)
-    return packed_tensor(packed_format, torch.from_numpy(data), shape), torch.from_numpy(dense)
+    generator = torch.Generator().manual_seed(seed)
+    return packed_anyhow(torch.randn(shape, generator=generator), format_name, seed)
 
 
-def packed_linear(format_name="Q8_0", rows=48, columns=512, bias=True, dtype=torch.float32,
-                  operations=OPERATIONS):
-    weight, dense = random_weight(format_name, (rows, columns))
-    layer = operations.Linear(columns, rows, bias=bias, dtype=dtype)
-    state = {"weight": weight}
-    if bias:
-        state["bias"] = torch.linspace(-1, 1, rows)
-    layer.load_state_dict(state)
-    return layer, dense, state.get("bias")
+def packed_linear(format_name="Q8_0", rows=48, bias=True, dtype=torch.float32):
+    """A layer of 512 columns, its dense weight and its bias."""
+    weight, dense = random_weight(format_name, (rows, 512))
+    layer = OPERATIONS.Linear(512, rows, bias=bias, dtype=dtype)
+    biases = {"bias": torch.linspace(-1, 1, rows)} if bias else {}
+    layer.load_state_dict({"weight": weight, **biases})
+    return layer, dense, biases.get("bias")
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
@@ -76,9 +65,7 @@ def test_large_weights_go_through_the_product_in_slices(monkeypatch, bias, by_to
     monkeypatch.setattr(workspace.Workspace, "take",
                         lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     input = torch.randn(2, 3, 512)
-    assert (
-        relative(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
-    )
+    assert relative(layer(input), torch.nn.functional.linear(input, dense, bias_values)) < 1e-6
     assert taken == [(16, 512)] * 4 + [(6, 512)]
 
 
@@ -86,10 +73,7 @@ def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     weight, dense = random_weight("Q4_K", (64, 320))
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 1)
     input = torch.randn(4, 320)
-    assert (
-        relative(product.linear(input, weight), torch.nn.functional.linear(input, dense))
-        < 1e-6
-    )
+    assert relative(product.linear(input, weight), torch.nn.functional.linear(input, dense)) < 1e-6
 
 
 def test_the_workspace_is_reused_and_freed_with_the_last_layer(monkeypatch):
@@ -100,25 +84,12 @@ def test_the_workspace_is_reused_and_freed_with_the_last_layer(monkeypatch):
         layer(torch.randn(1, 512))
         buffer = layer._workspace._buffer.data_ptr()
         layer(torch.randn(1, 512))
-    assert (
-        layer._workspace._buffer.data_ptr() == buffer
-        and layer._workspace._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
-    )
+    assert layer._workspace._buffer.data_ptr() == buffer
+    assert layer._workspace._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
     assert packed_linear()[0]._workspace is layer._workspace
     del layer
     gc.collect()
     assert not workspace._workspaces
-
-
-def test_the_operators_have_right_fakes():
-    weight, _ = random_weight("Q4_K", (64, 512))
-    operators, packed = torch.ops.featherweight, [weight._qdata]
-    torch.library.opcheck(operators.linear.default,
-                          (torch.randn(2, 512), packed, None, "Q4_K", 64, None, [], []))
-    torch.library.opcheck(operators.embedding.default,
-                          (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
-    torch.library.opcheck(operators.dequantize.default,
-                          (packed, "Q4_K", [64, 512], torch.bfloat16))
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
@@ -158,19 +129,14 @@ def test_embedding_of_rows_that_share_blocks_is_right():
     assert torch.equal(layer(torch.tensor([0, 15, 7])), dense[[0, 15, 7]])
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel", "input_shape"),
-    [
-        ("Conv1d", (3,), (1, 64, 9)),
-        ("Conv2d", (3, 3), (1, 64, 5, 6)),
-        ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4)),
-    ],
-)
+@pytest.mark.parametrize(("name", "kernel", "input_shape"), [
+    ("Conv1d", (3,), (1, 64, 9)), ("Conv2d", (3, 3), (1, 64, 5, 6)),
+    ("Conv3d", (1, 2, 2), (1, 64, 3, 4, 4))])
 def test_convolutions_dequantize_as_they_run(name, kernel, input_shape):
     weight, dense = random_weight("Q8_0", (32, 64, *kernel))
-    layer = getattr(OPERATIONS, name)(64, 32, kernel, dtype=torch.float32)
+    layer, twin = (getattr(operations, name)(64, 32, kernel, dtype=torch.float32)
+                   for operations in (OPERATIONS, manual_cast))
     layer.load_state_dict({"weight": weight, "bias": torch.ones(32)})
-    twin = getattr(manual_cast, name)(64, 32, kernel, dtype=torch.float32)
     twin.load_state_dict({"weight": dense, "bias": torch.ones(32)})
     for dtype in (torch.float32, torch.bfloat16):
         input = torch.randn(input_shape, dtype=dtype)
@@ -234,19 +200,15 @@ def test_parameters_a_model_owns_outside_of_layers_are_dequantized_at_load(assig
                 "registers": registers, "table": table, "proj.weight": weight,
                 "proj.bias": torch.zeros(64)
             }, assign=assign)
-    assert torch.equal(holder.model.registers, dense_registers.view(1, 4, 64)) and not is_packed(
-        holder.model.registers
-    )
+    assert not is_packed(holder.model.registers) and is_packed(holder.model.proj.weight)
+    assert torch.equal(holder.model.registers, dense_registers.view(1, 4, 64))
     assert torch.equal(holder.model.table, dense_table)
-    assert is_packed(holder.model.proj.weight)
-    assert (
-        not torch.nn.modules.module._global_module_registration_hooks
-        and not holder.model._load_state_dict_pre_hooks
-    )
+    assert not torch.nn.modules.module._global_module_registration_hooks
+    assert not holder.model._load_state_dict_pre_hooks
 
 
 def test_input_of_another_width_is_refused_with_a_reason():
-    layer, *_ = packed_linear(columns=512)
+    layer, *_ = packed_linear()
     with pytest.raises(RuntimeError, match="512 input features was given 768"):
         layer(torch.randn(2, 768))
 
@@ -255,35 +217,24 @@ def test_input_of_another_width_is_refused_with_a_reason():
 @pytest.mark.parametrize("plain", [torch.float16, torch.bfloat16], ids=str)
 def test_plain_16_bit_weights_keep_their_bytes_and_values_in_float32(plain, options):
     operations = packed_operations(**options)
-    weights = {
-        "Linear": torch.randn(512, 768), "Conv2d": torch.randn(32, 16, 3, 3),
-        "Embedding": torch.randn(64, 96)
-    }
-    layers = {"Linear": operations.Linear(768, 512, bias=False, dtype=torch.float32),
-              "Conv2d": operations.Conv2d(16, 32, 3, bias=False, dtype=torch.float32),
-              "Embedding": operations.Embedding(64, 96, dtype=torch.float32)}
-    inputs = {
-        "Linear": torch.randn(600, 768), "Conv2d": torch.randn(1, 16, 9, 9),
-        "Embedding": torch.tensor([[3, 63]])
-    }
-    for name, layer in layers.items():
-        weight = weights[name].to(plain)
+    for name, sizes, made, input in (
+        ("Linear", (512, 768), {"bias": False}, torch.randn(600, 768)),
+        ("Conv2d", (32, 16, 3, 3), {"bias": False, "kernel_size": 3}, torch.randn(1, 16, 9, 9)),
+        ("Embedding", (64, 96), {}, torch.tensor([[3, 63]]))):
+        weight = torch.randn(sizes).to(plain)
+        size = sizes if name == "Embedding" else sizes[1::-1]
+        layer = getattr(operations, name)(*size, **made, dtype=torch.float32)
         layer.load_state_dict({"weight": weight})
-        dense = getattr(manual_cast,
-                        name)(*((64, 96) if name == "Embedding" else weight.shape[1::-1]),
-                              **({} if name == "Embedding" else {"bias": False} |
-                                 ({"kernel_size": 3} if name == "Conv2d" else {})))
+        dense = getattr(manual_cast, name)(*size, **made)
         dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
         assert layer.weight.dtype == torch.float32 and layer.weight.nbytes == weight.nbytes
         assert layer.weight._qdata.data_ptr() == weight.data_ptr()
-        assert torch.equal(layer(inputs[name]), dense(inputs[name]))
+        assert torch.equal(layer(input), dense(input))
 
 
 def test_a_convolution_of_16_bit_weights_has_its_gradient():
-    layer, input = (
-        OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32),
-        torch.randn(1, 16, 9, 9, requires_grad=True),
-    )
+    layer = OPERATIONS.Conv2d(16, 32, 3, bias=False, dtype=torch.float32)
+    input = torch.randn(1, 16, 9, 9, requires_grad=True)
     weight = torch.randn(32, 16, 3, 3).half()
     layer.load_state_dict({"weight": weight})
     layer(input).sum().backward()
@@ -296,10 +247,8 @@ def test_a_convolution_of_16_bit_weights_has_its_gradient():
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dtype, assign):
-    weight, layer = (
-        torch.randn(8, 64).to(stored),
-        packed_operations().Linear(64, 8, bias=False, dtype=dtype),
-    )
+    layer = OPERATIONS.Linear(64, 8, bias=False, dtype=dtype)
+    weight = torch.randn(8, 64).to(stored)
     layer.load_state_dict({"weight": weight}, assign=assign)
     assert is_packed(layer.weight) and layer.weight.dtype == (stored if assign else dtype)
     assert layer.weight.nbytes == weight.nbytes
@@ -307,11 +256,7 @@ def test_16_bit_weights_are_held_as_they_are_and_used_where_they_lie(stored, dty
     with torch.no_grad():
         assert torch.equal(layer(input), torch.nn.functional.linear(input, weight.to(dtype)))
     if stored == dtype:
-        assert (
-            product.plain_values(layer.weight, dtype).data_ptr()
-            == layer.weight._qdata.data_ptr()
-            == weight.data_ptr()
-        )
+        assert product.plain_values(layer.weight, dtype).data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("gradient", [False, True])

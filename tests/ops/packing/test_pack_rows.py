@@ -9,11 +9,12 @@ import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
-from kernel_cases import Largest, cpu_kernels, shared_cache
+from kernel_cases import Largest
+from packing_cases import inputs, weight_of
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FormatError, TooLargeError
+from featherweight.ops.formats.base import TooLargeError
 from featherweight.ops.packing import pack_rows, pack_types
 from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize import damped_hessian, row_source
@@ -22,17 +23,9 @@ from featherweight.ops.quantize.row_source import RowSource
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "by")
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
-
-
-@pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
-def by(request, tmp_path_factory):
-    """What encodes: all here holds for both."""
-    with contextlib.ExitStack() as stack:
-        if request.param == "kernel":
-            stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory)))
-        yield request.param
+BY_KERNEL = pytest.mark.parametrize("by", ["kernel"], indirect=True)
 
 
 @contextlib.contextmanager
@@ -42,23 +35,8 @@ def by_torch():
         yield
 
 
-def weight_of(rows=96, columns=512, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator)
-    values[:, columns // 3] *= 20
-    return values * torch.rand(rows, 1, generator=generator) / 30
-
-
 def error(packed, weight):
     return float((packed.dequantize().double() - weight.double()).norm() / weight.double().norm())
-
-
-def inputs_of(columns, tokens=2048, seed=3):
-    """Inputs whose columns correlate, as those of layers do."""
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, columns + 1) ** -0.7
-    basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
-    return torch.randn(tokens, columns, generator=generator) * spectrum @ basis
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -80,56 +58,6 @@ def test_searched_scales_are_never_worse(name):
     assert error(searched, weight) <= error(plain, weight)
 
 
-@EACH_TYPE
-def test_a_weight_by_its_rows_is_the_same(name, monkeypatch):
-    weight = weight_of(rows=160)
-    whole = ROW_TYPES[name].pack(weight).dequantize()
-    monkeypatch.setattr(pack_rows, "CPU_SLICE_VALUES", 7 * 512)
-    assert torch.equal(ROW_TYPES[name].pack(weight).dequantize(), whole)
-
-
-@EACH_TYPE
-def test_feedback_gives_a_smaller_error_of_the_output(name):
-    weight, inputs = weight_of(), inputs_of(512)
-    moments = SecondMoments.zeros(512)
-    for part in inputs[:1536].split(128):
-        moments.add(part)
-    tokens = inputs[1536:].double()
-    exact = tokens @ weight.double().T
-
-    def loss(packed):
-        return float((tokens @ packed.dequantize().double().T - exact).norm() / exact.norm())
-
-    searched, fed_back = (loss(ROW_TYPES[name].pack(weight, given))
-                          for given in (None, moments))
-    assert fed_back < searched
-
-
-@EACH_TYPE
-def test_zeros_stay_zeros(name):
-    weight = weight_of()
-    weight[3] = 0
-    weight[:, :256] = 0
-    values = ROW_TYPES[name].pack(weight).dequantize()
-    assert not values[3].any() and not values[:, :256].any()
-    assert not ROW_TYPES[name].pack(torch.zeros(96, 512)).dequantize().any()
-
-
-@EACH_TYPE
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_value_that_is_not_finite_is_refused(name, bad):
-    weight = weight_of()
-    weight[2, 2] = bad
-    with pytest.raises(FormatError, match="NaN or infinite"):
-        ROW_TYPES[name].pack(weight)
-
-
-@EACH_TYPE
-def test_a_shape_that_does_not_fit_is_refused(name):
-    with pytest.raises(FormatError, match=r"does not hold a weight of shape \(3, 4, 5\)"):
-        ROW_TYPES[name].pack(torch.zeros(3, 4, 5))
-
-
 def shapes_of(row_type, seed):
     """Random shapes that a type takes: odd numbers of rows, every rotation and none, tails."""
     draw = random.Random(f"{row_type.name} {seed}")
@@ -139,6 +67,7 @@ def shapes_of(row_type, seed):
     return [shape for shape in shapes if row_type.takes(shape)]
 
 
+@BY_KERNEL
 @EACH_TYPE
 @pytest.mark.parametrize(("dtype", "is_plain"), [
     (torch.float32, True), (torch.bfloat16, False), *(
@@ -146,9 +75,7 @@ def shapes_of(row_type, seed):
             (torch.float32, False), (torch.bfloat16, True), (torch.float16, True),
             (torch.float16, False)))], ids=str)
 def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
-        name, dtype, is_plain, by):
-    if by == "torch":
-        pytest.skip("is compared with")
+        name, dtype, is_plain):
     for shape in shapes_of(ROW_TYPES[name], dtype):
         weight = weight_of(*shape, seed=shape[1]).to(dtype)
         with by_torch():
@@ -162,11 +89,10 @@ def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
             assert error(packed, weight) <= error(expected, weight) * (1 + 1e-5)
 
 
+@BY_KERNEL
 @EACH_TYPE
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e20, 1e36])
-def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude, by):
-    if by == "torch":
-        pytest.skip("is compared with")
+def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude):
     weight = weight_of() * magnitude
     weight[5] = -magnitude
     weight[7, 1:] = 0
@@ -198,7 +124,7 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
     weight, given = weight_of(), None
     if moments:
         given = SecondMoments.zeros(512, 256)
-        given.add(inputs_of(512))
+        given.add(inputs(2048, 512))
     source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone(),
                        weight.device)
     expected = ROW_TYPES[name].pack(weight, given)
@@ -218,7 +144,7 @@ def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, by,
     given = None
     if moments:
         given = SecondMoments.zeros(256)
-        given.add(inputs_of(256))
+        given.add(inputs(2048, 256))
     weight = weight_of(320, 256).bfloat16()
     if by == "kernel":
         ROW_TYPES[name].pack(weight, given)  # checks it

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from kernel_cases import one_of_each_search
+from packing_cases import GRIDS
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops.formats.base import FORMATS, FormatError
@@ -23,7 +24,6 @@ ERRORS = {
     "IQ4_NL": 0.0755, "Q4_0": 0.0835, "Q4_1": 0.071, "Q5_0": 0.0415, "Q5_1": 0.0345, "Q8_0": 0.0055,
     "NF4": 0.0875, "FP4": 0.117
 }
-GRIDS = {name: each for name, each in FORMATS.items() if each.grid and not each.arguments}
 each_grid = pytest.mark.parametrize("type_name", one_of_each_search(GRIDS))
 REFERENCES = [name for name, packed_format in FORMATS.items()
               if quantize._has_reference(packed_format) and not packed_format.qparams]
@@ -52,15 +52,6 @@ def error(found, values) -> float:
 
 def normal(rows=64, columns=512, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32) * 0.05
-
-
-def test_every_grid_has_a_bound_here():
-    # a test before may have made others of another block length
-    own_length = {
-        name for name, packed_format in FORMATS.items() if packed_format.grid
-        and not packed_format.arguments
-    }
-    assert own_length == set(ERRORS)
 
 
 @pytest.mark.parametrize("type_name", GRIDS)
@@ -107,18 +98,6 @@ def test_what_lies_on_the_grid_stays_there(type_name):
 
 
 @each_grid
-def test_a_part_is_packed_as_in_the_whole(type_name, monkeypatch):
-    values = torch.from_numpy(normal(12))
-    whole = packed_tensors(pack_tensor(values, FORMATS[type_name]))
-    monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 512)
-    sliced = packed_tensors(pack_tensor(values, FORMATS[type_name]))
-    rows = packed_tensors(pack_tensor(values[3:5], FORMATS[type_name]))
-    for part, again, some in zip(whole, sliced, rows):
-        assert torch.equal(part.view(-1), again.view(-1))
-        assert torch.equal(part.view(12, -1)[3:5].reshape(-1), some.view(-1))
-
-
-@each_grid
 def test_columns_that_count_more_are_kept_better(type_name):
     values, importance = normal(), torch.ones(512)
     importance[::2] = 20
@@ -145,25 +124,11 @@ def test_one_outlier_costs_its_group_and_no_other(type_name):
     assert error(found[:, 256:], values[:, 256:]) < 1.2 * ERRORS[type_name]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(bad):
-    values = normal(4)
-    values[3, 500] = bad
-    with pytest.raises(FormatError, match="NaN or infinite"):
-        there_and_back(values, "Q4_K")
-
-
 def test_bfloat16_values_beyond_float16_are_kept_or_refused():
     values = torch.tensor([[1.0, 70000.0]])
     assert there_and_back(values.bfloat16(), "BF16").tolist() == [[1.0, 70144.0]]
     with pytest.raises(FormatError, match="F16 holds 65504 at most"):
         pack_tensor(values, FORMATS["F16"])
-
-
-@pytest.mark.parametrize("type_name", [name for name in GRIDS if not GRIDS[name].qparams])
-def test_rows_that_blocks_do_not_divide_are_refused(type_name):
-    with pytest.raises(FormatError, match="does not divide"):
-        pack_tensor(torch.zeros(8, 100), FORMATS[type_name])
 
 
 def test_formats_that_nothing_packs_are_refused():
@@ -258,20 +223,6 @@ def test_formats_of_bitsandbytes_pack_any_shape(type_name, shape):
         assert error(packed.dequantize().numpy(), values.float().numpy()) < 0.17
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
-)
-def test_weights_of_any_float_dtype_are_packed_as_in_float32(dtype):
-    values = torch.from_numpy(normal(4)).to(dtype)
-    assert torch.equal(
-        pack_tensor(values, FORMATS["Q4_K"])._qdata,
-        pack_tensor(values.float(), FORMATS["Q4_K"])._qdata)
-    turned = values.float().view(512, 4).t()
-    assert torch.equal(
-        pack_tensor(turned, FORMATS["Q4_K"])._qdata,
-        pack_tensor(turned.contiguous(), FORMATS["Q4_K"])._qdata)
-
-
 @pytest.mark.parametrize("type_name", [name for name in GRIDS if GRIDS[name].grid.scales])
 def test_a_group_fits_under_super_scales_that_are_chosen(type_name):
     """What error feedback does: the whole block first, then each group anew, columns rounded by
@@ -312,26 +263,3 @@ def test_emphasis_moves_error_from_large_values_to_small_ones(weighted):
         search.fit(values, given * large),
     )
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q8_0", "NF4"])
-def test_threads_pack_what_one_thread_packs_and_are_as_many_as_before(type_name, inference):
-    weight = torch.randn(100, 3 * quantize.CPU_SLICE_VALUES // 64,
-                         generator=torch.Generator().manual_seed(3))
-    alone = packed_tensors(quantize.pack_tensor(weight, FORMATS[type_name]))
-    torch.set_num_threads(2)
-    with torch.inference_mode(inference):
-        together = packed_tensors(quantize.pack_tensor(weight, FORMATS[type_name]))
-    assert all(tensor.is_inference() == inference for tensor in together)
-    assert torch.get_num_threads() == 2
-    assert all(map(torch.equal, together, alone))
-
-
-def test_the_first_error_of_a_thread_ends_the_packing():
-    weight = torch.zeros(64, quantize.CPU_SLICE_VALUES)
-    weight[-1, -1] = torch.nan
-    torch.set_num_threads(2)
-    with pytest.raises(FormatError, match="NaN or infinite"):
-        quantize.pack_tensor(weight, FORMATS["Q8_0"])
-    assert torch.get_num_threads() == 2

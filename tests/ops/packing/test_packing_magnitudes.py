@@ -1,48 +1,29 @@
 """Packing values of any magnitude that float32 has: what a format can hold is as near as at
 ordinary magnitudes, what it cannot becomes zeros at worst, and nothing becomes NaN. In torch and by
 the kernels for CPUs."""
-import contextlib
 import functools
 
 import pytest
 import torch
-from kernel_cases import GRID_SAMPLE, cpu_kernels, one_of_each_search, shared_cache
+from kernel_cases import one_of_each_search
+from packing_cases import GRIDS
 
-from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError, powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.packing.method_choice import output_errors
-from featherweight.ops.packing.pack_tensor import _has_reference, can_pack, pack_tensor
+from featherweight.ops.packing.pack_tensor import _has_reference, pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "by")
 
-# Not those of other block lengths, which other tests may have made.
-PACKABLE = {name: packed_format for name, packed_format in FORMATS.items()
-            if can_pack(packed_format) and not packed_format.arguments}
-SEARCHED = {name: packed_format for name, packed_format in PACKABLE.items() if packed_format.grid}
-REFERENCES = {
-    name: packed_format for name, packed_format in PACKABLE.items() if _has_reference(packed_format)
-}
+REFERENCES = [name for name, each in FORMATS.items() if _has_reference(each) and not each.arguments]
 MAGNITUDES = [
     1e-45, 1e-42, 1e-40, 1e-38, 1e-36, 1e-30, 3e-24, 1e-22, 1e-20, 1e-15, 1e-10, 1e-8, 1e-6, 1e-3,
     1.0, 1e3, 1e5, 1e8, 1e13, 3e18, 1e20, 1e30, 1e36, 8e37, 3e38
 ]
 WAYS = ["plain", "importance", "moments"]
-each_searched = pytest.mark.parametrize("type_name", one_of_each_search(SEARCHED))
-
-
-@pytest.fixture(scope="module", params=["torch", "kernel"])
-def by(request, tmp_path_factory):
-    """What searches the blocks and goes through the columns."""
-    with contextlib.ExitStack() as stack:
-        if request.param == "kernel":
-            stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory)))
-            for name in GRID_SAMPLE:
-                assert kernels.find("pack_blocks", torch.device("cpu"), FORMATS[name],
-                                    torch.float32) is not None
-        yield request.param
+each_searched = pytest.mark.parametrize("type_name", one_of_each_search(GRIDS))
 
 
 def normal(rows: int = 4, columns: int = 512) -> torch.Tensor:
@@ -142,36 +123,29 @@ def errors_by_magnitude(type_name: str, way: str) -> dict[float, float]:
     return dict(zip(sizes, errors.view(-1, len(normal())).mean(1).tolist(), strict=True))
 
 
-@each_searched
-@pytest.mark.parametrize("way", WAYS)
-def test_no_row_becomes_nan_or_worse_than_zeros(by, type_name, way):
+def each_way(references):
+    """Each type that is searched in each way, and some by the plain arithmetic of references."""
+    return pytest.mark.parametrize(("type_name", "way"), [
+        *(pytest.param(*each.values, way, marks=each.marks) for each in one_of_each_search(GRIDS)
+          for way in WAYS), *((name, "reference") for name in references)])
+
+
+@each_way(REFERENCES)
+def test_no_row_becomes_nan_or_worse_than_zeros(type_name, way):
     errors = errors_of_all_rows(type_name, way)
     # otherwise columns of little importance may
     assert way != "plain" or (errors <= 1 + 1e-6).all()
 
 
-@pytest.mark.parametrize("type_name", REFERENCES)
-def test_the_plain_arithmetic_of_references_gives_numbers_at_any_magnitude(type_name):
-    errors_of_all_rows(type_name, "reference")
-
-
-@each_searched
-@pytest.mark.parametrize("way", WAYS)
-def test_the_error_is_the_same_at_every_magnitude_that_the_format_holds(by, type_name, way):
+@each_way([name for name in REFERENCES if name not in GRIDS])
+def test_the_error_is_the_same_at_every_magnitude_that_the_format_holds(type_name, way):
     errors = errors_by_magnitude(type_name, way)
-    assert len(errors) > (20 if FORMATS[type_name].qparams else 2)
-    assert max(errors.values()) < 1.1 * errors[0.7], errors
+    # the scales of references are powers of two, or there are none
+    assert max(errors.values()) < (1.5 if way == "reference" else 1.1) * errors[0.7], errors
+    assert way == "reference" or len(errors) > (20 if FORMATS[type_name].qparams else 2)
 
 
-@pytest.mark.parametrize("type_name", [name for name in REFERENCES if name not in SEARCHED])
-def test_the_error_of_plain_arithmetic_is_the_same_at_every_magnitude_that_the_format_holds(
-        type_name):
-    errors = errors_by_magnitude(type_name, "reference")
-    # their scales are powers of two, or there are none
-    assert max(errors.values()) < 1.5 * errors[0.7], errors
-
-
-@pytest.mark.parametrize("type_name", [name for name in SEARCHED if largest(name) < 1e30])
+@pytest.mark.parametrize("type_name", [name for name in GRIDS if largest(name) < 1e30])
 def test_values_beyond_the_format_are_refused_in_a_sentence(type_name):
     for way in WAYS:
         for size in (1.1 * largest(type_name), 3e38):
@@ -184,7 +158,7 @@ def test_values_beyond_the_format_are_refused_in_a_sentence(type_name):
 
 @each_searched
 @pytest.mark.parametrize("size", [1e-42, 1e-22])
-def test_a_row_of_tiny_values_changes_no_bit_of_the_others(by, type_name, size):
+def test_a_row_of_tiny_values_changes_no_bit_of_the_others(type_name, size):
     values = normal()
     values[1] *= size
     packed = packed_tensors(pack_tensor(values, FORMATS[type_name]))
@@ -196,7 +170,7 @@ def test_a_row_of_tiny_values_changes_no_bit_of_the_others(by, type_name, size):
 @pytest.mark.parametrize("type_name", ["NF4", "FP4"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("exponent", [-110, -60, 60, 120])
-def test_a_power_of_two_changes_no_code(by, type_name, way, exponent):
+def test_a_power_of_two_changes_no_code(type_name, way, exponent):
     codes, absmax = packed_tensors(pack_tensor(normal(), FORMATS[type_name], **options(way)))
     scaled, of_scaled = packed_tensors(
         pack_tensor(normal() * 2.0**exponent, FORMATS[type_name], **options(way)))
@@ -207,7 +181,7 @@ def test_a_power_of_two_changes_no_code(by, type_name, way, exponent):
 @pytest.mark.parametrize(
     "size", [1e-38, 1e-36, 3e-24, 1e-20, 1e-10, 1.0, 1e13, 3e18, 1e20, 1e30, 3e38]
 )
-def test_values_are_kept_as_bitsandbytes_keeps_them(by, type_name, size):
+def test_values_are_kept_as_bitsandbytes_keeps_them(type_name, size):
     """One value of this magnitude among ordinary ones too, which it makes zeros there as well."""
     functional = pytest.importorskip("bitsandbytes").functional
     for values in (normal() * size, rows_of(size)[5:6], rows_of(-size)[6:7]):

@@ -1,5 +1,6 @@
-"""Fake GPUs for the tests of what lies on a GPU."""
+"""Models for the tests of the patcher, and fake GPUs for those of what lies on a GPU."""
 import pytest
+from patcher_models import models  # noqa: F401
 
 
 @pytest.fixture

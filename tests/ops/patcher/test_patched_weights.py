@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
+import safetensors.torch
 import torch
 from patched_models import (
     broken,
@@ -21,7 +22,7 @@ from patched_models import (
     patched,
     run,
 )
-from safetensors.torch import load_file, save_file
+from patcher_models import with_dense_parts
 
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.patcher import PackedPatcher
@@ -40,13 +41,9 @@ def no_model_outlives_its_tests():
 
 
 def with_lora(patcher, format_name):
-    """A LoRA for every matrix and changes of the biases, which the host patches by itself."""
+    """A LoRA for every matrix and changes of norms and biases, which the host patches by itself."""
     values = flux_file(format_name)[1]
-    lora = lora_for(values, "dora", seed=1)
-    for name, value in values.items():
-        if name.endswith(".bias"):
-            lora[f"{PREFIX}{name.removesuffix('.bias')}.diff_b"] = torch.full_like(value, 0.1)
-    return patched(patcher, (lora, 0.8))
+    return patched(patcher, (with_dense_parts(lora_for(values, "dora", seed=1), values), 0.8))
 
 
 @functools.cache
@@ -114,6 +111,8 @@ READINGS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda weights: pickle.loads(pickle.dumps(weights)),
     "torch.save": through_torch,
+    "safetensors": lambda weights: safetensors.torch.load(
+        safetensors.torch.save(weights, metadata={"format": "pt"})),
     "dict": dict,
     "OrderedDict": collections.OrderedDict,
     "ChainMap": lambda weights: dict(collections.ChainMap({}, weights)),
@@ -133,8 +132,8 @@ READINGS = {
 
 # a reading calls methods of a dict, whose values one function makes: any of both formats will do
 @pytest.mark.parametrize(("models", "reading"), [
-    pytest.param(model, reading, id=f"{model}-{reading}") for reading in READINGS
-    for model in (MODELS if reading in ("lookup", "pickle") else (MODELS[0], MODELS[3]))],
+    pytest.param(model, reading, id=f"{model}-{reading}") for reading in READINGS for model in (
+        MODELS if reading in ("lookup", "pickle", "safetensors") else (MODELS[0], MODELS[3]))],
     indirect=["models"])
 def test_every_reading_gives_dense_weights_with_their_patches(models, reading):
     patcher, expected = models
@@ -162,17 +161,10 @@ def dequantized(monkeypatch):
 def test_listing_counting_and_copying_dequantize_nothing(models, dequantized):
     weights = models[0].model_state_dict()
     names = list(weights)
-    assert (
-        len(weights) == len(weights.keys()) == len(names)
-        and names[0] in weights
-        and "another" not in weights
-    )
-    assert isinstance(weights, dict) and weights.keys() & set(names) == set(names) == set(
-        weights.keys()
-    )
-    assert (
-        list(reversed(weights)) == names[::-1] and weights.get("another") is None and bool(weights)
-    )
+    assert isinstance(weights, dict) and len(weights) == len(weights.keys()) == len(names)
+    assert names[0] in weights and "another" not in weights and weights.get("another") is None
+    assert weights.keys() & set(names) == set(names) == set(weights.keys())
+    assert list(reversed(weights)) == names[::-1] and bool(weights)
     others = [weights.copy(), copy.copy(weights), weights | {"another": torch.ones(1)}]
     others[0]["another"] = torch.ones(1)
     del others[1][names[0]]
@@ -198,9 +190,8 @@ def test_what_was_put_in_is_what_is_read(models):
     mine = weights[name] * 2
     weights[name] = mine
     weights["another"] = mine
-    assert (
-        weights[name] is mine and weights.copy()[name] is mine and dict(weights)["another"] is mine
-    )
+    assert all(value is mine for value in (
+        weights[name], weights.copy()[name], dict(weights)["another"]))
     del weights[name]
     assert name not in weights and name not in weights.copy()
 
@@ -208,26 +199,13 @@ def test_what_was_put_in_is_what_is_read(models):
 # --- what other packs and the host's own nodes do with it ---
 
 
-def test_saved_with_safetensors_as_it_is(models, tmp_path):
-    patcher, expected = models
-    save_file(patcher.model_state_dict(PREFIX), tmp_path / "weights.safetensors",
-              metadata={"format": "pt"})
-    saved = load_file(tmp_path / "weights.safetensors")
-    assert saved.keys() == expected.keys()
-    assert all(
-        torch.allclose(saved[name].float(), weight.float(), rtol=1e-5, atol=1e-6)
-        for name, weight in expected.items())
-
-
 @pytest.fixture
 def base(models):
     """The weights without the LoRA, as the models are read that packs compare: each loaded
     before."""
     run(models[0].parent)
-    weights = {
-        name: weight.float().clone()
-        for name, weight in models[0].parent.model_state_dict(PREFIX).items()
-    }
+    weights = {name: weight.float().clone()
+               for name, weight in models[0].parent.model_state_dict(PREFIX).items()}
     comfy.model_management.unload_all_models()
     return weights
 
@@ -264,8 +242,9 @@ def packed_again(patcher):
 
 
 TAKEN = {
-    "read": lambda patcher: dict(patcher.model_state_dict(PREFIX)), "saved": lambda patcher:
-    {name: weight.to("cpu") for name, weight in patcher.model_state_dict_for_saving().items()},
+    "read": lambda patcher: dict(patcher.model_state_dict(PREFIX)),
+    "saved": lambda patcher: {name: weight.to("cpu") for name, weight in
+                              patcher.model_state_dict_for_saving().items()},
     "merged": lambda patcher: dict(merged_with_another(patcher).model_state_dict(PREFIX)),
     "packed": packed_again
 }
@@ -274,10 +253,8 @@ TAKEN = {
 @pytest.mark.parametrize("what", ["nan", "wrong rows"])
 @pytest.mark.parametrize("taken", TAKEN)
 def test_a_lora_that_is_left_out_of_pictures_is_left_out_of_the_weights(taken, what):
-    values = {
-        name: value for name, value in flux_file("Q4_K")[1].items()
-        if name.startswith("double_blocks")
-    }
+    values = {name: value for name, value in flux_file("Q4_K")[1].items()
+              if name.startswith("double_blocks")}
     good, bad = lora_for(values), broken(lora_for(values, seed=1), what)
     packed, _ = flux_pair("Q4_K")
     expected = TAKEN[taken](patched(packed, (good, 0.8)))

@@ -1,7 +1,5 @@
 """A model with a budget in whole runs: after the first step its layers lie where that step has
 shown it to be best."""
-import gc
-
 import comfy.hooks
 import comfy.model_management
 import comfy.sample
@@ -10,22 +8,15 @@ import pytest
 import torch
 from gpu_memory import copied_by, larger_flux, largest_layer, lies_on, sample
 from patched_models import lora_for, patched
+from patcher_models import load
 
 from featherweight.loaders.models.placement import place, placed_text
 from featherweight.ops.patcher.residency import PAGE, slots_are_in_order
 from featherweight.ops.patcher.residency_order import layers_that_fit, residency_order
 
+pytestmark = pytest.mark.usefixtures("gpu")
 STATIC = pytest.mark.fake_gpus
 DYNAMIC = pytest.mark.fake_gpus(dynamic=True)
-
-
-@pytest.fixture(autouse=True)
-def gpu(one_thread):
-    import fakegpu
-
-    yield fakegpu
-    comfy.model_management.unload_all_models()
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +39,11 @@ def per_step(patcher) -> int:
     return copied_by(sample, patcher, 2) - shorter
 
 
-def load(patcher):
-    comfy.model_management.load_models_gpu([patcher])
+def newly_placed(patcher, budget: float):
+    """A clone with a budget of bytes, whose next step is the first one."""
+    placed = place(patcher, budget)
+    placed.model.packed_residency.profile = None
+    return placed
 
 
 def on_device(params: dict) -> str:
@@ -74,31 +68,22 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
                           (lora_for(few, "dora", seed=2), 0.5))
     expected = sample(patcher)
     budget = share * patcher.model_size()
-    placed = place(patcher, budget)
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, budget)
     assert torch.equal(sample(placed), expected)
-    size, first_step, factors = (
-        placed.full_size(),
-        placed.model.packed_residency.profile,
-        placed.model.packed_patches.nbytes,
-    )
+    size, first_step = placed.full_size(), placed.model.packed_residency.profile
+    factors = placed.model.packed_patches.nbytes
     assert {first_step.runs(name) for *_, name, _, _ in placed._load_list()} == {2}
-    kept = {
-        name: size for *_, size, name, _, params in placed._load_list()
-        if on_device(params) == "cuda"
-    }
+    kept = {name: size for *_, size, name, _, params in placed._load_list()
+            if on_device(params) == "cuda"}
     ordered = residency_order(placed._load_list(), placed.placement.gpu_bytes, first_step)
     assert kept.keys() == layers_that_fit(ordered, sum(kept.values())) != layers_that_fit(
         residency_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
     assert factors <= lies_on(placed.model) == placed.loaded_size() <= max(budget, factors + 4096)
     assert copied_by(load, placed) == 0
-    copied = placed.memory_report().copied_per_step
-    assert 0 <= per_step(placed) - copied < 20_000
-    assert (
-        copied
-        == 2 * (size - placed.memory_report().on_device)
-        <= 2 * (size + factors - budget + largest_layer(placed))
-    )
+    lies = placed.memory_report()
+    assert 0 <= per_step(placed) - lies.copied_per_step < 20_000
+    assert lies.copied_per_step == 2 * (size - lies.on_device)
+    assert size - lies.on_device <= size + factors - budget + largest_layer(placed)
 
 
 @DYNAMIC
@@ -109,8 +94,7 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
     if with_lora:
         patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.full_size()
-    placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, PAGE + patcher.model.model_loaded_weight_memory)
     assert torch.equal(sample(placed), expected)
     assert placed.model.packed_residency.profile is not None and slots_are_in_order(placed)
     assert placed._vbar_get().loaded_size() <= PAGE
@@ -124,8 +108,7 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
 @pytest.mark.parametrize("model", ["packed"], indirect=True)
 def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(model, gpu):
     patcher, _ = model
-    placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, 0.5 * patcher.model_size())
     before, peaks = [], []
 
     def after_step(step, *_):
@@ -149,8 +132,7 @@ def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(m
 @pytest.mark.parametrize("model", ["packed"], indirect=True)
 def test_a_step_that_was_cancelled_shows_nothing_and_the_only_one_of_a_run_does(model):
     patcher, _ = model
-    placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, 0.5 * patcher.model_size())
 
     def cancel(*_):
         raise comfy.model_management.InterruptProcessingException
@@ -175,8 +157,7 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
     patcher, values = model
     patcher = patched(patcher, (lora_for(values, seed=1), 0.8))
     expected, size = sample(patcher), patcher.model_size()
-    placed = place(patcher, 0.7 * size)
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, 0.7 * size)
     left = []
 
     def take(step, *_):
@@ -187,10 +168,8 @@ def test_what_others_take_of_the_device_in_the_first_run_is_not_taken_back(model
         left.append(lies_on(placed.model))
 
     assert torch.equal(sample(placed, callback=take), expected)
-    assert (
-        placed.model.packed_residency.profile is not None
-        and max(left) == left[0] < max(0.45, 1 - part) * size
-    )
+    assert placed.model.packed_residency.profile is not None
+    assert max(left) == left[0] < max(0.45, 1 - part) * size
 
 
 @STATIC
@@ -200,15 +179,11 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
     lora = lora_for(values, seed=7)
     outputs = []
     for part in (2, 0.5):
-        placed = place(patcher, part * patcher.model_size())
-        placed.model.packed_residency.profile = None
+        placed = newly_placed(patcher, part * patcher.model_size())
+        hooks = comfy.hooks.create_hook_lora(lora, 0.8, 0.0)
         placed.register_all_hook_patches(
-            comfy.hooks.create_hook_lora(lora, 0.8, 0.0),
-            comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
-        outputs += [
-            sample(placed, hooks=comfy.hooks.create_hook_lora(lora, 0.8, 0.0)),
-            sample(placed)
-        ]
+            hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+        outputs += [sample(placed, hooks=hooks), sample(placed)]
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert placed.model.packed_residency.is_in_order(placed) and copied_by(load, placed) == 0
 
@@ -217,8 +192,7 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
 @pytest.mark.parametrize("model", ["packed"], indirect=True)
 def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model):
     patcher, _ = model
-    placed = place(patcher, 0.5 * patcher.model_size())
-    placed.model.packed_residency.profile = None
+    placed = newly_placed(patcher, 0.5 * patcher.model_size())
     load(placed)
     once = placed_text(placed)
     sample(placed)

@@ -134,12 +134,10 @@ def test_no_more_is_copied_than_the_budget_asks_for_and_less_is_waited_for(name,
     copied = sum(sizes[index] for index in left_out)
     assert 0 <= copied - (1 - budget) * total < min(sizes[index] for index in left_out)
     others = {"spread": model.left_out(budget * total, None)}
-    for title, order in (
-        ("first", range(len(sizes))),
-        ("largest", sorted(range(len(sizes)), key=lambda index: -sizes[index])),
-    ):
+    every = range(len(sizes))
+    for title, order in (("first", every), ("largest", sorted(every, key=sizes.__getitem__)[::-1])):
         kept = layers_that_fit([model.entries[index] for index in order], budget * total)
-        others[title] = {index for index in range(len(sizes)) if str(index) not in kept}
+        others[title] = {index for index in every if str(index) not in kept}
     balanced = (1 - budget) * total / sum(model.work)
     for speed in SPEEDS:
         waited = {title: model.time(indices, speed * balanced) for title, indices in others.items()}
@@ -180,15 +178,12 @@ def test_what_is_chosen_is_the_most_that_hides_at_the_slowest_speed():
 
         def speed_for(chosen):
             """The slowest at which all copies hide."""
-            starts = [0, *(begins[index] for index in chosen)]
-            return max((size / (begin - start) if begin > start else float("inf")
-                        for size, begin, start in zip((sizes[index] for index in chosen), (
-                            begins[index] for index in chosen), starts)), default=0)
+            times = (begins[index] - begins[before] for before, index in zip((0, *chosen), chosen))
+            return max((sizes[index] / time if time else float("inf")
+                        for index, time in zip(chosen, times)), default=0)
 
-        enough = [
-            chosen for count in range(10) for chosen in itertools.combinations(range(9), count)
-            if sum(sizes[index] for index in chosen) >= needed
-        ]
+        enough = [chosen for count in range(10) for chosen in itertools.combinations(
+            range(9), count) if sum(sizes[index] for index in chosen) >= needed]
         best, found = min(map(speed_for, enough)), overlappable(sizes, begins, needed)
         if best < FASTEST * needed / max(begins):
             assert sum(sizes[index] for index in found) >= needed
@@ -213,20 +208,14 @@ class Small(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.row, self.never = (
-            torch.nn.Linear(8, 8),
-            torch.nn.Linear(8, 4),
-            torch.nn.Linear(8, 2),
-        )
+        self.twice, self.row, self.never = (torch.nn.Linear(8, rows) for rows in (8, 4, 2))
         self.convolution = torch.nn.Conv2d(1, 3, 3, padding=1)
         for module in (self.twice, self.row, self.never, self.convolution):
             module.comfy_cast_weights = True
 
     def forward(self, input):
-        return (
-            self.row(self.twice(self.twice(input))[:1]).sum()
-            + self.convolution(input[None, None]).sum()
-        )
+        of_row = self.row(self.twice(self.twice(input))[:1])
+        return of_row.sum() + self.convolution(input[None, None]).sum()
 
 
 def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
@@ -236,10 +225,7 @@ def test_a_step_shows_how_often_layers_run_and_the_work_before_them():
     step = counter.stop()
     assert [step.runs(name) for name in ("twice", "row", "never", "convolution")] == [2, 1, 0, 1]
     assert [step.work_before(name) for name in ("twice", "row", "convolution")] == [
-        0,
-        2 * 5 * 64,
-        2 * 5 * 64 + 32,
-    ]
+        0, 2 * 5 * 64, 2 * 5 * 64 + 32]
     model(torch.zeros(5, 8))
     assert step.runs("twice") == 2
 
@@ -251,10 +237,8 @@ def test_where_most_is_compiled_a_step_shows_nothing(part):
     counter = ProfileRecorder(model, torch.tensor([1.0]))
     model(torch.zeros(5, 8))
     step = counter.stop()
-    runs = [step.runs(name) for name in ("twice", "row", "never")]
-    assert runs == [1, 1, 1] and step.work_before(
-        "row"
-    ) == 0
+    assert [step.runs(name) for name in ("twice", "row", "never")] == [1, 1, 1]
+    assert step.work_before("row") == 0
     entries = [(0, 1 << 20, name, getattr(model, name), {}) for name in ("twice", "row", "never")]
     assert [layer_entry(entry).name for entry in residency_order(entries, 1 << 20, step)] == [
         layer_entry(entry).name for entry in residency_order(entries, 1 << 20, None)]

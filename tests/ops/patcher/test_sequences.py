@@ -35,6 +35,7 @@ from patched_models import (
     patched,
     run,
 )
+from patcher_models import with_dense_parts
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
 from featherweight.loaders.models.placement import place, place_clip
@@ -126,19 +127,10 @@ class DenseFlux:
 
     @functools.cache
     def lora(self, kind: str) -> dict:
-        values = {
-            name: value for name, value in self.values.items() if self.part.get(kind, "") in name
-        }
+        values = {name: value for name, value in self.values.items()
+                  if self.part.get(kind, "") in name}
         lora = self.lora_for(values, kind, seed=len(kind))
-        if kind == "lora":  # also changes norms and biases, which the host patches by itself
-            for seed, (name, value) in enumerate(self.values.items()):
-                if value.ndim == 1:
-                    generator = torch.Generator().manual_seed(seed)
-                    layer, _, param = name.rpartition(".")
-                    suffix = "diff_b" if param == "bias" else "diff"
-                    change = torch.randn(value.shape, generator=generator) * 0.1
-                    lora[f"{PREFIX}{layer}.{suffix}"] = change
-        return lora
+        return with_dense_parts(lora, self.values) if kind == "lora" else lora
 
     @functools.cache
     def hook_lora(self, names: tuple[str, ...]) -> dict:

@@ -1,27 +1,16 @@
 """Adapters that the host fails to compute are found when they are built, and not at every run."""
 import logging
 
-import comfy.lora
 import pytest
 import torch
-from comfy.weight_adapter import WeightAdapterBase
-from patched_models import (
-    KINDS,
-    adapter,
-    flux_file,
-    flux_pair,
-    lora_for,
-    patched,
-    run,
-)
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from patched_layers import value_of
+from patched_models import KINDS, adapter, flux_file, flux_pair, lora_for
 
 from featherweight.loaders.lora.compatibility import check_lora
-from featherweight.ops.patches.adapters import shape_of
+from featherweight.ops.patches.adapters import shape_mismatch, shape_of
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.patches.patch_trial import trial_error
-
-LAYER = "lora_unet_double_blocks_0_img_attn_proj"
-
 
 pytestmark = pytest.mark.usefixtures("no_model_outlives_its_tests")
 
@@ -36,50 +25,64 @@ def test_a_value_that_is_no_adapter_has_the_shape_of_its_tensor(value, shape):
     assert shape_of(value) == shape
 
 
-def without_alpha(lora):
-    return {name: value for name, value in lora.items() if not name.endswith("alpha")}
-
-
-def value_of(tensors, key="w.weight"):
-    lora = {f"x.{end}": tensor for end, tensor in tensors.items()}
-    return comfy.lora.load_lora(lora, {"x": key}, log_missing=False)[key]
+def without(part, tensors):
+    return {name: value for name, value in tensors.items() if part not in name}
 
 
 def rand(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-# In the host, a Tucker core works only for kernels of two dimensions.
-LOKR_1D = {"lokr_w1": rand(2, 2), "lokr_w2_a": rand(4, 16), "lokr_w2_b": rand(4, 16),
-           "lokr_t2": rand(4, 4, 3)}
+CANNOT = "this ComfyUI cannot compute it ("
+OF_WEIGHT = "it is made for a weight of {}, not of {}"
+PAIR, FACTORS = rand(2, 32), {"lora_up.weight": rand(32, 2), "lora_down.weight": rand(2, 32)}
+# what -> value, shape of the weight, words
 BROKEN = {
-    "BOFT without an alpha": (without_alpha(adapter("boft", rand(32, 32), 0)), (32, 32),
-                              "NoneType"),
-    "LoKr with a core of one dimension": (LOKR_1D, (32, 32, 3), "einsum"),
-    "DoRA of another length": ({"lora_up.weight": rand(32, 2), "lora_down.weight": rand(2, 32),
-                                "dora_scale": rand(31, 1)}, (32, 32), "31"),
+    "BOFT without an alpha": (
+        value_of(without("alpha", adapter("boft", rand(32, 32), 0))), (32, 32),
+        (CANNOT, "NoneType")),
+    # in the host, a Tucker core works only for kernels of two dimensions
+    "LoKr with a core of one dimension": (value_of({
+        "lokr_w1": rand(2, 2), "lokr_w2_a": rand(4, 16), "lokr_w2_b": rand(4, 16),
+        "lokr_t2": rand(4, 4, 3)}), (32, 32, 3), (CANNOT, "einsum")),
+    "half a LoKr": (value_of(without("w2_b", adapter("lokr", rand(32, 32), 0))), (32, 32),
+                    ("its factors do not fit each other",)),
+    "DoRA of another length": (
+        value_of(FACTORS | {"dora_scale": rand(31, 1)}), (32, 32), (CANNOT, "31")),
     "DoRA of more values than rows": (
-        {"lora_up.weight": rand(32, 2), "lora_down.weight": rand(2, 32),
-         "dora_scale": rand(4096, 1)}, (32, 32), "its dora_scale has 4,096 values"),
-}
+        value_of(FACTORS | {"dora_scale": rand(4096, 1)}), (32, 32),
+        (CANNOT, "its dora_scale has 4,096 values")),
+    "a LoRA for another shape": (
+        LoRAAdapter(set(), (rand(8, 2), rand(2, 12), None, None, None, None)), (8, 6),
+        ("which is 8 x 6:", OF_WEIGHT.format("8 x 12", "8 x 6"))),
+    "a merge with another shape": (
+        [(torch.ones(8, 12), lambda tensor, inplace: tensor)], (8, 6),
+        (OF_WEIGHT.format("8 x 12", "8 x 6"),)),
+    "a model of another shape as a LoRA": (
+        ("model_as_lora", (torch.ones(8, 12),)), (8, 6), (OF_WEIGHT.format("8 x 12", "8 x 6"),)),
+} | {f"{kind} of another shape, as many values": (
+    value, (4, 4), (OF_WEIGHT.format("4 x 4 x 1 x 1", "4 x 4"),)) for kind, value in (
+        ("a tensor", (torch.ones(4, 4, 1, 1),)), ("diff", ("diff", (torch.ones(4, 4, 1, 1),))),
+        ("set", ("set", (torch.ones(4, 4, 1, 1),))))}
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_the_host_cannot_compute_is_left_out_in_one_sentence(case, caplog):
-    tensors, shape, cause = BROKEN[case]
+@pytest.mark.parametrize(("value", "shape", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_computed_is_left_out_in_one_sentence(value, shape, words, caplog):
     with caplog.at_level(logging.WARNING):
-        built = build_patches("w.weight", [(1.0, value_of(tensors), 1.0, None, None)],
-                              torch.Size(shape), torch.device("cpu"), torch.float32)
+        built = build_patches("w.weight", [(1.0, value, 1.0, None, None)], torch.Size(shape),
+                              torch.device("cpu"), torch.float32,
+                              original_weights={"w.weight": [(torch.ones(shape), None)]})
     (record,) = caplog.records
     message = record.getMessage()
-    assert built is None and cause in message and "\n" not in message
-    assert "left out of w.weight" in message and "this ComfyUI cannot compute it (" in message
+    assert built is None and "\n" not in message
+    assert all(word in message for word in ("left out of w.weight", *words)), message
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 32), (64, 32, 3, 3)], ids=str)
 def test_what_the_host_can_compute_passes(kind, shape):
-    assert trial_error(value_of(adapter(kind, rand(*shape), 1)), shape) is None
+    value = value_of(adapter(kind, rand(*shape), 1))
+    assert trial_error(value, shape) is None and shape_mismatch(value, torch.Size(shape)) is None
 
 
 @pytest.mark.parametrize("kind", ["oft", "boft"])
@@ -92,46 +95,21 @@ def test_a_bound_on_a_rotation_needs_no_values(kind, monkeypatch):
     assert trial_error(value_of(tensors), (64, 32)) is None
 
 
-def test_an_adapter_that_reads_values_is_tried_with_some():
-    class Future(WeightAdapterBase):
-        name, loaded_keys, weights = "future", set(), ()
+class Future(WeightAdapterBase):
+    """An adapter that reads the values of a weight, and logs."""
 
-        def calculate_weight(self, weight, *args):
-            return weight + 1 if weight.sum().item() == 0 else weight
+    name, loaded_keys, weights = "future", set(), ()
 
-    assert trial_error(Future(), (4, 4)) is None
-
-
-def test_the_log_of_others_is_shown_during_a_trial(caplog):
-    class Chatty(WeightAdapterBase):
-        name, loaded_keys, weights = "chatty", set(), ()
-
-        def calculate_weight(self, weight, *args):
-            logging.getLogger("another").warning("heard")
-            return weight
-
-    assert trial_error(Chatty(), (4, 4)) is None and "heard" in caplog.text
+    def calculate_weight(self, weight, *args):
+        logging.getLogger("another").warning("heard")
+        return weight + 1 if weight.sum().item() == 0 else weight
 
 
-def test_a_model_runs_without_a_broken_adapter_and_says_so_once(caplog):
-    packed, _ = flux_pair("Q8_0")
+def test_an_adapter_that_reads_values_is_tried_with_some_and_its_log_is_shown(caplog):
+    assert trial_error(Future(), (4, 4)) is None and "heard" in caplog.text
+
+
+def test_a_report_tells_what_a_broken_adapter_would_change():
     values = {name: value for name, value in flux_file("Q8_0")[1].items() if "blocks" in name}
-    lora = without_alpha(lora_for(values, "boft"))
-    without, patcher = run(packed), patched(packed, (lora, 1.0))
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(run(patcher), without) and torch.equal(run(patcher), without)
-    assert len(caplog.records) == sum(value.ndim > 1 for value in values.values())
-    report = check_lora(packed, None, lora)  # whose own arithmetic can
+    report = check_lora(flux_pair("Q8_0")[0], None, without("alpha", lora_for(values, "boft")))
     assert report.fits == "yes" and "changed in another way" in report.load_lora
-
-
-@pytest.mark.parametrize("wrap", [
-    lambda weight: [(weight, lambda tensor, inplace: tensor)],
-    lambda weight: ("model_as_lora", (weight,)),
-], ids=["merge", "model as a LoRA"])
-def test_a_weight_of_another_models_shape_is_left_out(wrap, caplog):
-    patches = [(0.5, wrap(torch.ones(8, 12)), 1.0, None, None)]
-    built = build_patches("w.weight", patches, torch.Size((8, 6)), torch.device("cpu"),
-                          torch.float32, original_weights={"w.weight": [(torch.ones(8, 6), None)]})
-    assert built is None
-    assert "it is made for a weight of 8 x 12, not of 8 x 6" in caplog.text

@@ -1,0 +1,1 @@
+from packing_cases import by  # noqa: F401
