@@ -39,7 +39,6 @@ from patched_models import lora_for, patched
 from quantizer_writers import gptq, quantized_state_dict
 from safetensors.torch import load, save_file
 from sdnq_writer import H4, write_folder
-from stored_files import weights_of
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.contents import file_contents
@@ -310,7 +309,8 @@ class DiffusionTester(ModelTester):
 
     kinds = {name: name for name in RUN}
     main = FLUX
-    not_the_hosts = None
+    light_kinds = RUN[::5]
+    test_layers_are_the_hosts_where_its_loader_takes_them_and_it_multiplies = None
 
     def cases(self, with_loras):
         for name, form in self.formats.items():
@@ -375,7 +375,7 @@ class DiffusionTester(ModelTester):
 
     def loras(self, packed, size):
         """Two LoRAs and a DoRA in their files' names."""
-        values = {name: value for name, value in weights_of(self.network(packed)).items()
+        values = {name: value for name, value in self.values(self.network(packed)).items()
                   if name.endswith(".weight")}
         return [(lora_for(values, kind, seed, size=size), strength)
                 for seed, (kind, strength) in enumerate((("lora", 0.8), ("lora", -0.4),

@@ -4,7 +4,7 @@ import copy
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from families import deep_clone, relative_error
 from packed_files import PACKED_FILES, WIDTHS, load_values_of, write_with_dense
 from patched_models import LIMIT
 from safetensors.torch import save_file
-from stored_files import weights_of
 
 from featherweight.loaders.comfyui import compute
 from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
@@ -25,6 +24,7 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import side_models
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.quantizers.comfy_quant import row_type_of
+from featherweight.ops.layers import product
 from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
@@ -37,6 +37,12 @@ def quantized_layers(network: torch.nn.Module) -> dict[str, PackedLayer]:
     return {name: layer for name, layer in network.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
             and layer.weight.params.format.plain_dtype is None}
+
+
+def places(network: torch.nn.Module) -> dict[str, int]:
+    """Where the bytes of each packed weight lie in memory."""
+    return {name: layer.weight._qdata.data_ptr()
+            for name, layer in quantized_layers(network).items()}
 
 
 def size_of(path: str) -> int:
@@ -57,7 +63,7 @@ class ModelTester:
         stored: dtype of a file without packed weights.
         plain: names of models of which a plan packs no layer.
         not_the_hosts: names of models whose layers ComfyUI renames without their scales, or has of
-            torch's own; None: nobody chooses who computes.
+            torch's own.
     """
 
     kinds: Mapping[str, Any]
@@ -67,7 +73,7 @@ class ModelTester:
     limit = 1e-5
     stored = torch.float32
     plain: tuple[str, ...] = ()
-    not_the_hosts: tuple[str, ...] | None = ()
+    not_the_hosts: tuple[str, ...] = ()
 
     # --- hooks ---
 
@@ -106,6 +112,12 @@ class ModelTester:
         """Names of layers whose matrices are not packed, whatever their file has."""
         return {name for name, layer in packed.named_modules()
                 if isinstance(layer, PackedLayer) and layer.stays_plain(layer.weight)}
+
+    def values(self, network: torch.nn.Module) -> Weights:
+        """The values of the weights that files have."""
+        return {name: product.dequantize(weight, torch.float32) if is_packed(weight) else
+                (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
+                for name, weight in network.named_parameters()}
 
     def packs(self, format_name: str, name: str, matrix: torch.Tensor) -> bool:
         """Whether files of a format have a matrix packed."""
@@ -150,11 +162,17 @@ class ModelTester:
         elif "format_name" in names:
             metafunc.parametrize("format_name", self.some_formats)
         elif "kind_name" in names:
-            metafunc.parametrize("kind_name", self.kinds)
+            metafunc.parametrize("kind_name", [
+                pytest.param(name, marks=() if name in self.light_kinds else pytest.mark.heavy)
+                for name in self.kinds])
 
     def kind_of(self, format_name: str) -> str:
         """Name of the model that is tried in a format."""
         return self.main
+
+    @property
+    def light_kinds(self) -> Collection[str]:
+        return self.kinds
 
     @pytest.fixture
     def kind(self, request, monkeypatch):
@@ -181,10 +199,10 @@ class ModelTester:
     def check_packed(self, packed, dense, path: str, format_name: str):
         ours, theirs = self.network(packed), self.network(dense)
         assert isinstance(self.patcher(packed), PackedPatcher)
-        values = weights_of(theirs)
-        for name, value in weights_of(ours).items():
-            assert torch.equal(value, values[name]) or (
-                relative_error(value, values[name]) < 1e-5), name
+        values, actual = self.values(theirs), self.values(ours)
+        for name, value in values.items():
+            assert torch.equal(actual[name], value) or (
+                relative_error(actual[name], value) < self.limit), name
         layers, dense_ones = quantized_layers(ours), self.stays_dense(ours, theirs)
         matrices = {name.removesuffix(".weight"): value for name, value in values.items()
                     if name.endswith(".weight") and value.ndim > 1}
@@ -242,7 +260,7 @@ class ModelTester:
     def test_a_lora_on_every_packed_layer_is_exact(self, kind, kind_name, format_name, tmp_path):
         path, dense = self.write(kind, format_name, tmp_path)
         packed = self.load(path)
-        without = self.run(kind, dense)
+        without, before = self.run(kind, dense), places(self.network(packed))
         for size in (0.3, 3.0):  # of some models' layers the output has little
             patches = self.loras(packed, size)
             actual, expected = self.run_patched(kind, packed, dense, patches)
@@ -251,7 +269,7 @@ class ModelTester:
         assert (actual - expected).norm() < max(LIMIT, self.limit) * effect > 0
         actual, expected = self.run_patched(kind, packed, dense, patches, 0.4)
         assert (actual - expected).norm() < max(LIMIT, self.limit) * effect
-        assert quantized_layers(self.network(packed))
+        assert places(self.network(packed)) == before != {}
         assert relative_error(self.run(kind, packed), self.run(kind, dense)) < self.limit
 
     def loras(self, packed, size: float) -> Mapping[str, LoRAAdapter]:
