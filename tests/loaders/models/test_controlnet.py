@@ -119,7 +119,7 @@ def test_a_prefix_of_names_changes_no_type(tmp_path):
         save_file(dict(weights), path)
         with kernels_of_this_machine():  # which pack three times as fast
             packed = load_controlnet(str(path), pack_to="Q4_K")
-        sizes.append((quantized_layers(packed.control_model),
+        sizes.append((list(quantized_layers(packed.control_model)),
                       packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
 
