@@ -213,10 +213,8 @@ def write_svdquant(path, weights):
     return nunchaku_writer.write(path, nunchaku_writer.flux(weights))
 
 
-WRITERS = {name: PACKED_FILES[name] for name in ("Q8_0", "NF4")}
-OTHER_WRITERS = {
-    **{name: PACKED_FILES[name] for name in ("int8", "float8_e4m3fn", "int8_tensorwise")},
-    "SVDQuant": (write_svdquant, "net.safetensors"),
+FORMATS = {
+    **PACKED_FILES, "SVDQuant": (write_svdquant, "net.safetensors"),
     "SDNQ": (functools.partial(write_sdnq, config={"_class_name": "FluxControlNetModel"}), "net"),
 }
 

@@ -13,13 +13,13 @@ def run_hooked(patcher, family, lora: dict, strength: float) -> list[torch.Tenso
     outputs = [run(clone, family)]
     clone.patch_hooks(hooks)
     try:
-        outputs.append(_run_loaded(clone, family))
+        outputs.append(run_loaded(clone, family))
     finally:
         clone.patch_hooks(None)
-    return [*outputs, _run_loaded(clone, family)]
+    return [*outputs, run_loaded(clone, family)]
 
 
-def _run_loaded(patcher, family) -> torch.Tensor:
+def run_loaded(patcher, family) -> torch.Tensor:
     """Runs a model without loading it, which would take the hook away."""
     arguments = inputs(family)
     with torch.inference_mode():

@@ -1,19 +1,6 @@
 """The list of diffusion models in docs/compatibility.md, and the files in which each is tried."""
-import functools
-from collections.abc import Callable
 
-import torch
-from families import host_patcher, relative_error, run
-from packed_files import (
-    write_bitsandbytes,
-    write_ggml,
-    write_host_format,
-    write_sdnq,
-)
-from patched_models import LIMIT, error_by_effect, lora_for, patched
 
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 # model, as people call it -> its family here
 MODELS = {
@@ -37,30 +24,6 @@ MODELS = {
     "ACE-Step 1.0": "ace-step", "SeedVR2 3B": "seedvr2-3b", "Hunyuan3D 2": "hunyuan3d-2",
 }
 NEWEST = tuple(MODELS)[:13]  # of summer and autumn 2026, or the most downloaded then
-
-# form of a file -> (its writer, as in `packed_files`, name of the file or folder)
-FORMS: dict[str, tuple[Callable, str]] = {
-    "GGUF": (functools.partial(write_ggml, "Q8_0"), "model.gguf"),
-    "NF4": (functools.partial(write_bitsandbytes, "write_bnb"), "model.safetensors"),
-    "int8_convrot": (functools.partial(write_host_format, "int8_tensorwise", convrot=True),
-                     "model.safetensors"),
-    "SDNQ": (write_sdnq, "model"),
-}
-
-
-def assert_computes_as_dense(path: str, values: dict[str, torch.Tensor], family, least: int):
-    """What loads from `path` has at least so many packed weights, computes what the host's dense
-    model of `values` does, and a LoRA on every matrix is exact. Returns the dense one."""
-    ours, dense = load_diffusion_model(path), host_patcher(values, family)
-    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
-    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= least
-    plain = run(dense, family)
-    assert relative_error(run(ours, family), plain) < 1e-5
-    lora = lora_for({name: value for name, value in values.items() if name.endswith(".weight")})
-    changed = run(patched(dense, (lora, 0.7)), family)
-    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
-    return dense
-
 
 def list_of(models=MODELS) -> str:
     """The list as docs/compatibility.md has it, in one line."""

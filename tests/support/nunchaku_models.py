@@ -22,10 +22,14 @@ def weights_of(name):
     return in_diffusers_names(random_weights(FAMILIES[name]), table_of(name))
 
 
+def in_host_names(name, values):
+    """Values of a family in diffusers' names, in the host's."""
+    return in_the_hosts_names(values, random_weights(FAMILIES[name]), table_of(name))
+
+
 def dense_of(name, values):
     """The host's own model of values in diffusers' names, and these in the host's names."""
-    family = FAMILIES[name]
-    weights = in_the_hosts_names(values, random_weights(family), table_of(name))
+    family, weights = FAMILIES[name], in_host_names(name, values)
     with pytest.MonkeyPatch.context() as patch:
         shrunken_detection(family, patch)
         return host_patcher(weights, family), weights

@@ -4,15 +4,17 @@ Each takes a path and name -> float32 tensor, writes its file or folder there, a
 values that a reader must get.
 """
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from families import comfyui_gguf_style
 from host_formats import in_host_format
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
@@ -28,10 +30,10 @@ def write_ggml(packed_type: str, path, weights, **options):
             for name, values in seen.items()}
 
 
-def write_bitsandbytes(writer: str, path, weights):
+def write_bitsandbytes(writer: str, path, weights, **options):
     """Matrices by a writer of `bnb_files`."""
     bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
-    return getattr(bnb_files, writer)(path, weights)
+    return getattr(bnb_files, writer)(path, weights, **options)
 
 
 def write_host_format(format_name: str, path, weights, **config):
@@ -66,6 +68,30 @@ PACKED_FILES = {
        for name in ("float8_e4m3fn", "int8_tensorwise")},
     "SDNQ": (write_sdnq, "net"),
 }
+# what divides the rows of matrices that are packed, where it is not 32
+WIDTHS = {"Q4_K": 256, "SDNQ": 64}
+
+
+def in_shards(write: Callable, count: int, config: Mapping[str, Any],
+              stem: str = "diffusion_pytorch_model") -> Callable:
+    """A writer of a folder as diffusers and transformers save it, of what another one writes; the
+    parts of one weight lie in different files too."""
+    def written(folder: Path, weights, **options):
+        folder.mkdir(parents=True)
+        whole, places = folder / f"{stem}.safetensors", {}
+        values = write(whole, weights, **options)
+        if count > 1:
+            stored = load(whole.read_bytes())
+            whole.unlink()
+            for number in range(count):
+                name = f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+                keys = list(stored)[number::count]
+                save_file({key: stored[key] for key in keys}, folder / name)
+                places |= dict.fromkeys(keys, name)
+            (folder / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": places}))
+        (folder / "config.json").write_text(json.dumps(config))
+        return values
+    return written
 
 
 def write_with_dense(writer: Callable, path: Path, weights) -> str:

@@ -1,8 +1,5 @@
 """ControlNets with packed weights guide a model as the host's dense ones of the same values do."""
-import gc
 import logging
-import os
-import weakref
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -12,13 +9,10 @@ import pytest
 import torch
 from comfy.ops import CastWeightBiasOp, manual_cast
 from controlnets import (
+    FORMATS,
     KINDS,
-    OTHER_WRITERS,
-    WRITERS,
-    flux_bfl,
     ldm,
     ldm_with_prefix,
-    packed_layers,
     random_values,
     sample,
     shrunken_controlnet,
@@ -26,11 +20,10 @@ from controlnets import (
 )
 from families import FAMILIES, relative_error
 from host_nodes import models, seeded
+from model_tester import ModelTester, quantized_layers
 from packed_files import (
-    load_values_of,
     write_host_format,
     write_q8_0,
-    write_with_dense,
 )
 from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
@@ -38,67 +31,68 @@ from user_kernels import kernels_of_this_machine
 from devtools.files.gguf_files import write_zeros_gguf
 from featherweight.loaders.comfyui import compute as compute_module
 from featherweight.loaders.comfyui.compute import follows_model
-from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.ops.layers.packed_layers import PackedLayer, PackedLinear
+from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
 
+class TestControlNets(ModelTester):
+    kinds = KINDS
+    main = "flux of diffusers"
+    formats = FORMATS
+    stored = torch.bfloat16
+    not_the_hosts = ("hunyuan-dit",)
+
+    def cases(self, with_loras):
+        """Nunchaku's writer takes a Flux in diffusers' names."""
+        return [case for case in super().cases(with_loras)
+                if case.values[0] == self.main or case.values[1] != "SVDQuant"]
+
+    def shrink(self, kind, monkeypatch):
+        shrunken_controlnet(kind, monkeypatch)
+
+    def load(self, path, pack_to=None):
+        return load_controlnet(path, pack_to)
+
+    def load_dense(self, path):
+        return comfy.controlnet.load_controlnet(path)
+
+    def run(self, kind, loaded):
+        return sample(kind, loaded)
+
+    def without(self, kind):
+        return unguided(kind.base)
+
+    def patcher(self, loaded):
+        return loaded.control_model_wrapped
+
+    def with_patcher(self, loaded, patcher):
+        loaded = loaded.copy()
+        loaded.control_model_wrapped = patcher
+        return loaded
+
+    def deep_clone(self, loaded):
+        if not hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"):
+            pytest.skip("this ComfyUI has no ControlNets for several GPUs")
+        return loaded.deepclone_multigpu(torch.device("cpu"))
+
+    def stays_dense(self, packed, dense):
+        """HunyuanDiT's layers of torch, and what the host takes of the guided model."""
+        return super().stays_dense(packed, dense) | {
+            name for name, layer in dense.named_modules()
+            if not isinstance(layer, CastWeightBiasOp) or name.startswith("orig_y_embedder.")}
+
+    def packs(self, format_name, name, matrix):
+        return super().packs(format_name, name, matrix) and (
+            format_name != "SVDQuant" or name.startswith(("double_blocks.", "single_blocks.")))
+
+
 def some(*names: str):
     """Only these of KINDS."""
     return pytest.mark.parametrize("kind", [KINDS[name] for name in names], ids=names)
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_packed_controlnet_guides_as_its_dense_self_does(kind, tmp_path, monkeypatch):
-    check_guides_as_dense(kind, "Q8_0", tmp_path, monkeypatch)
-
-
-@some("sd3 of diffusers", "flux", "qwen-image fun")
-def test_controlnet_of_bitsandbytes_guides_as_its_dense_self_does(kind, tmp_path, monkeypatch):
-    check_guides_as_dense(kind, "NF4", tmp_path, monkeypatch)
-
-
-def check_guides_as_dense(kind, format_name, tmp_path, monkeypatch):
-    shrunken_controlnet(kind, monkeypatch)
-    writer, name = WRITERS[format_name]
-    path, dense = str(tmp_path / name), write_with_dense(writer, tmp_path / name, kind.weights())
-    packed, of_the_host = load_controlnet(path), comfy.controlnet.load_controlnet(dense)
-    expected = sample(kind, of_the_host)
-    assert relative_error(unguided(kind.base), expected) > 1e-3
-    assert relative_error(sample(kind, packed), expected) < 1e-5
-    assert isinstance(packed.control_model_wrapped, PackedPatcher)
-    layers = {name: layer for name, layer in of_the_host.control_model.named_modules()
-              if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2}
-    # HunyuanDiT's layers of torch, what the host takes of the model, small tables, and rows that
-    # blocks of 32 do not divide
-    dense = {
-        name: layer.weight.nbytes for name, layer in layers.items()
-        if not isinstance(layer, CastWeightBiasOp) or name.startswith("orig_y_embedder.")
-    }
-    dense |= {
-        name: layer.weight.nbytes for name, layer in packed.control_model.named_modules()
-        if isinstance(layer, PackedLayer) and layer.stays_plain(layer.weight)
-    }
-    unpacked = layers.keys() - dense.keys() - set(packed_layers(packed.control_model))
-    assert all(layers[name].weight.shape[1] % 32 for name in unpacked)
-    size = packed.control_model_wrapped.model_size() - sum(dense.values())
-    assert size <= 1.05 * os.path.getsize(path)
-
-
-@pytest.mark.parametrize("written", OTHER_WRITERS)
-def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, tmp_path):
-    kind, (write_format, name) = KINDS["flux of diffusers"], OTHER_WRITERS[written]
-    dense_path = write_with_dense(write_format, tmp_path / name, kind.weights())
-    packed = load_controlnet(str(tmp_path / name))
-    dense = comfy.controlnet.load_controlnet(dense_path)
-    assert len(packed_layers(packed.control_model)) >= 13
-    expected = sample(kind, dense)
-    assert relative_error(unguided(kind.base), expected) > 1e-3
-    assert relative_error(sample(kind, packed), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("compute", "has_kernel", "by_comfyui"), [
@@ -118,32 +112,6 @@ def test_comfyuis_formats_are_left_to_its_kernels_unless_exact_is_chosen(
     assert {layer.compute == "fast" for layer in layers} == {compute == "fast"}
 
 
-def dense_self(packed, path: str):
-    """The host's ControlNet of a file, with the values that a packed one holds."""
-    dense = comfy.controlnet.load_controlnet(path)
-    load_values_of(dense.control_model, packed.control_model)
-    return dense
-
-
-@some(*(name for name in KINDS if not name.startswith("sd1.5")))
-def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
-        kind, tmp_path, monkeypatch):
-    shrunken_controlnet(kind, monkeypatch)
-    path = str(tmp_path / "net.safetensors")
-    save_file({name: value.bfloat16().contiguous() for name, value in kind.weights().items()},
-              path)
-    packed = load_controlnet(path, pack_to="Q8_0")
-    save_file(dict(kind.weights()), tmp_path / "dense.safetensors")
-    expected = sample(kind, dense_self(packed, str(tmp_path / "dense.safetensors")))
-    assert relative_error(unguided(kind.base), expected) > 1e-3
-    assert relative_error(sample(kind, packed), expected) < 1e-5
-    layers = dict(packed.control_model.named_modules())
-    names = packed_layers(packed.control_model)
-    formats = {layers[name].weight.params.format.name for name in names}
-    assert formats == {"Q8_0"} and len(names) >= 8
-    assert "in memory, packed from BF16 in" in memory_summary(packed.control_model_wrapped)
-
-
 def test_a_prefix_of_names_changes_no_type(tmp_path):
     sizes = []
     for number, weights in enumerate((ldm(), ldm_with_prefix())):
@@ -151,7 +119,7 @@ def test_a_prefix_of_names_changes_no_type(tmp_path):
         save_file(dict(weights), path)
         with kernels_of_this_machine():  # which pack three times as fast
             packed = load_controlnet(str(path), pack_to="Q4_K")
-        sizes.append((packed_layers(packed.control_model),
+        sizes.append((list(quantized_layers(packed.control_model)),
                       packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
 
@@ -164,7 +132,7 @@ def test_on_a_cpu_it_computes_in_what_the_guided_model_computes_in(kind, tmp_pat
     save_file(values, tmp_path / "dense.safetensors")
     control_net = load_controlnet(str(tmp_path / "net.gguf"))
     layers, dtypes = dict(control_net.control_model.named_modules()), set()
-    for name in packed_layers(control_net.control_model):
+    for name in quantized_layers(control_net.control_model):
         if not isinstance(layers[name], torch.nn.Embedding):
             layers[name].register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
     exact = sample(kind, control_net, packed_base=True)
@@ -228,21 +196,8 @@ def test_every_name_of_diffusers_finds_its_place(name, tmp_path, caplog):
         control_net = load_controlnet(str(tmp_path / "net.gguf"))
     assert not [record.getMessage() for record in caplog.records
                 if record.getMessage().startswith(("missing", "unexpected", "leftover"))]
-    assert len(packed_layers(control_net.control_model)) == sum(
+    assert len(quantized_layers(control_net.control_model)) == sum(
         len(shape) == 2 for shape in shapes.values())
-
-
-def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
-    write_q8_0(tmp_path / "net.gguf", flux_bfl())
-    control_net = load_controlnet(str(tmp_path / "net.gguf"))
-    if not hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"):
-        pytest.skip("this ComfyUI has no ControlNets for several GPUs")
-    clone = control_net.deepclone_multigpu(torch.device("cpu"))
-    assert packed_layers(clone.control_model) == packed_layers(control_net.control_model)
-    assert isinstance(clone.control_model_wrapped, PackedPatcher)
-    assert clone.control_model.packed_patches is not control_net.control_model.packed_patches
-    kind = KINDS["flux"]
-    assert torch.equal(sample(kind, clone), sample(kind, control_net))
 
 
 class OfAnotherPack(comfy.controlnet.ControlNet):
@@ -275,19 +230,6 @@ def test_another_pack_knows_a_controlnet_by_its_class_and_copies_it_into_its_own
         control.pre_run(models(kind.base)[True].model, float)
         assert control.manual_cast_dtype == torch.bfloat16
     assert copied.runs == 1
-
-
-def test_a_controlnet_is_gone_with_its_last_user(tmp_path):
-    write_q8_0(tmp_path / "net.gguf", KINDS["flux"].weights())
-    control_net = load_controlnet(str(tmp_path / "net.gguf"))
-    left = [weakref.ref(control) for control in (control_net, control_net.copy())]
-    gc.collect()
-    gc.disable()
-    try:
-        del control_net
-        assert not [reference for reference in left if reference()]
-    finally:
-        gc.enable()
 
 
 def control_lora() -> dict[str, torch.Tensor]:

@@ -155,21 +155,6 @@ def test_packed_vectors(family, path, caplog):
     check_as_host(path, family, seen, caplog)
 
 
-@families("z-image")
-@pytest.mark.parametrize("packed_type", ["F32", "Q8_0"])
-def test_pad_tokens_without_their_first_dimension(family, packed_type, path, caplog):
-    weights = random_weights(family)
-    stored = {
-        name: values[0] if name.endswith("pad_token") else values
-        for name, values in weights.items()
-    }
-    seen = write_gguf(
-        path, stored, lambda name, values: packed_type
-        if values.ndim == 2 or "pad_token" in name else "F32")
-    seen = {name: values.reshape(weights[name].shape) for name, values in seen.items()}
-    check_as_host(path, family, seen, caplog)
-
-
 @families("flux-schnell", "z-image", "kandinsky5")
 def test_query_and_key_norms_named_scale(family, path, caplog):
     weights = random_weights(family)

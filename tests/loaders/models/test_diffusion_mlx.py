@@ -5,17 +5,13 @@ import os
 import folder_paths
 import pytest
 import torch
-from families import FAMILIES, shrunken_detection
 from mflux_models import NAMES, VERSION, mflux_name, write_folder
-from model_table import assert_computes_as_dense
 from oracles import installed
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.mlx_names import common_name
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths.folders import list_model_folders
 
@@ -24,20 +20,6 @@ MAPPINGS = {"flux-dev": "flux.weights.flux.Flux", "flux2-klein": "flux2.weights.
             "krea2": "krea2.weights.krea2.Krea2"}
 
 pytestmark = pytest.mark.usefixtures("small_models")
-
-
-@pytest.mark.parametrize(("name", "bits"), [
-    *((name, 4) for name in NAMES), ("flux-dev", 3), ("z-image", 5), ("qwen-image", 6),
-    ("krea2", 8)])
-def test_a_folder_of_mflux_computes_as_its_dense_values_with_a_lora(name, bits, tmp_path,
-                                                                    monkeypatch):
-    family = FAMILIES[name]
-    shrunken_detection(family, monkeypatch)
-    values = write_folder(name, tmp_path / "transformer", bits)
-    path = str(tmp_path / "transformer")
-    assert_computes_as_dense(path, values, family, least=10)
-    inspection = identify(file_contents(path))
-    assert inspection.quantizer == "MLX" and f"MLX int{bits}" in inspection.types
 
 
 def test_a_folder_of_mflux_is_listed(tmp_path, monkeypatch):

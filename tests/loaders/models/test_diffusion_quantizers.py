@@ -4,15 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from patched_models import LIMIT, dense_of, error_by_effect, lora_for, patched, relative, run
-from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
+from quantizer_models import write_quantized_flux
 from safetensors.torch import load, save_file
 
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -21,39 +17,6 @@ pytestmark = pytest.mark.usefixtures("small_models")
 def model(request, tmp_path):
     """A folder with a Flux whose blocks are quantised, and its dense values in the host's names."""
     return str(tmp_path), write_quantized_flux(tmp_path, request.param)
-
-
-@pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
-def test_a_model_draws_what_its_dense_values_draw(model):
-    path, values = model
-    assert needs_own_reader(path)
-    ours = load_diffusion_model(path)
-    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 13
-    assert relative(run(ours), run(dense_of(values))) < 1e-5
-
-
-@pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
-def test_a_model_takes_no_more_memory_than_its_file(model):
-    file = open_weights(model[0])
-    tensors = file.state_dict()
-    packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
-    plain = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
-    plain += sum(entry.nbytes for name, entry in file.entries.items() if name.endswith(".g_idx"))
-    size = sum(tensor.nbytes for tensor in packed.values())
-    # a low rank's factors of rows and columns count in layers as small as these
-    assert size <= 1.06 * (file.tensor_bytes - plain)
-
-
-@pytest.mark.parametrize("model", [
-    "gptq", "gptq act-order", "gptqmodel 7 bits", "compressed-tensors", "compressed-tensors 5 bits",
-    "compressed-tensors mxfp4", "compressed-tensors mxfp6", "compressed-tensors blocks", "fp8",
-    "auto-round mxfp8", "modelopt svdquant"], indirect=True)
-def test_two_loras_are_exact(model):
-    path, values = model
-    ours, dense = load_diffusion_model(path), dense_of(values)
-    loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
-    expected = run(patched(dense, *loras))
-    assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
 
 
 def change_bias(folder, change):

@@ -1,5 +1,4 @@
 """Packing to ComfyUI's own types while loading, from any file: encoded again, once."""
-import functools
 import re
 import subprocess
 import sys
@@ -8,16 +7,13 @@ from pathlib import Path
 
 import comfy.utils
 import comfy.weight_adapter
-import controlnets
-import model_patches
 import pytest
 import torch
-import vision_models
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, small_towers
 from encoders.encoder import random_weights as encoder_weights
-from families import relative_error, shrunken_detection
-from host_nodes import MODELS
+from families import relative_error
+from model_tester import layers_of_the_host
 from patched_models import flux_inputs, relative, run, tiny_flux
 from safetensors.torch import save_file
 from saving import save
@@ -25,16 +21,12 @@ from stored_files import FILES, diffusion_model, written
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
-from featherweight.loaders.comfyui import compute
-from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI, EXACT
+from featherweight.loaders.comfyui.compute import COMFYUI, EXACT
 from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models import pack_on_load, side_models
-from featherweight.loaders.models.clip_vision import load_clip_vision
-from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.model_patch import load_model_patch
 from featherweight.loaders.models.pack_on_load import pack_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
@@ -43,7 +35,7 @@ from featherweight.loaders.progress import Progress
 from featherweight.loaders.quantizers.comfy_quant import row_type_of
 from featherweight.ops.packing import pack_types
 from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("type_name", ROW_TYPES)
@@ -180,74 +172,7 @@ def test_comfyui_alone_opens_what_is_kept_and_computes_the_same(gguf, tmp_path, 
         assert relative(outputs[files[type_name].name]["model"], run(model)) < 1e-5
 
 
-# --- models beside a diffusion model, and text encoders ---
-
-def layers_of_the_host(model) -> int:
-    return sum(isinstance(weight.data, QuantizedTensor) and not is_packed(weight.data)
-               for weight in model.parameters())
-
-
-@pytest.fixture
-def as_comfyui(monkeypatch):
-    """As on a GPU whose kernels multiply every type."""
-    automatic = compute.packed_formats
-
-    def packed_formats(host_formats, device):
-        return automatic(COMFYUI if host_formats == AUTOMATIC else host_formats, device)
-
-    return lambda: monkeypatch.setattr(side_models, "packed_formats", packed_formats)
-
-
-some_controlnets = ("flux", "sd1.5", "hunyuan-dit")
-KINDS_BESIDE = [
-    *(pytest.param(controlnets.KINDS, name, type_name, id=f"{name}-{type_name}",
-                   marks=() if name in some_controlnets and number == 0 else pytest.mark.heavy)
-      for name in controlnets.KINDS for number, type_name in enumerate(HOST_TYPES)),
-    *(pytest.param(model_patches.KINDS, name, type_name, id=f"{name}-{type_name}",
-                   marks=() if name.startswith(("Qwen", "Z-Image Fun 2.0 lite")) and number == 0
-                   else pytest.mark.heavy)
-      for name in model_patches.KINDS for number, type_name in enumerate(HOST_TYPES)),
-    *(pytest.param(vision_models.VISION_MODELS, name, type_name, id=f"{name}-{type_name}",
-                   marks=() if name.startswith("CLIP H") and number == 0 else pytest.mark.heavy)
-      for name in vision_models.VISION_MODELS for number, type_name in enumerate(HOST_TYPES))]
-# whose layers ComfyUI renames without their scales, or has of torch's own
-NOT_THE_HOSTS = ("Z-Image", "hunyuan-dit", "CLIP H of open_clip")
-
-
-@pytest.mark.parametrize(("kinds", "name", "type_name"), KINDS_BESIDE)
-def test_a_model_beside_has_the_hosts_layers_where_its_loader_takes_them(
-        kinds, name, type_name, tmp_path, monkeypatch, as_comfyui):
-    path, kind = str(tmp_path / "net.safetensors"), kinds[name]
-    if kinds is controlnets.KINDS:
-        controlnets.shrunken_controlnet(kind, monkeypatch)
-        weights, load, network = kind.weights(), load_controlnet, lambda net: net.control_model
-        out = functools.partial(controlnets.sample, kind)
-    elif kinds is model_patches.KINDS:
-        model_patches.shrink(monkeypatch)
-        weights, load, network = kind.weights(), load_model_patch, lambda patch: patch.model
-        out = None  # SUPIR's nodes need its model
-        if kind.base is not None:
-            shrunken_detection(MODELS[kind.base], monkeypatch)
-            out = functools.partial(model_patches.sample, kind)
-    else:
-        vision_models.shrink(monkeypatch)
-        weights, load, network = kind(), load_clip_vision, lambda vision: vision.patcher.model
-        out = lambda vision: torch.cat(  # noqa: E731
-            [tensor.flatten() for tensor in vision_models.encoded(vision).values()])
-    save_file({key: value.contiguous() for key, value in weights.items()}, path)
-    own = load(path, type_name)
-    packed = sum(is_packed(weight.data) and row_type_of(weight.data) == type_name
-                 for weight in network(own).parameters())
-    assert layers_of_the_host(network(own)) == 0  # on this CPU
-    as_comfyui()
-    of_the_host = load(path, type_name)
-    is_theirs = not name.startswith(NOT_THE_HOSTS)
-    assert layers_of_the_host(network(of_the_host)) == packed * is_theirs
-    # of convrot_w4a4 kitchen's torch code rounds the inputs to 4 bits, whatever the file asks for
-    most = ERRORS[type_name] if type_name == "convrot_w4a4" else 0.05
-    assert out is None or relative_error(out(of_the_host), out(own)) < (
-        most if is_theirs else 1e-6)
-
+# --- text encoders ---
 
 ENCODERS_READ = ("t5-xxl of transformers", "qwen3-4b", "clip-l")
 

@@ -1,12 +1,11 @@
 """Text encoders: from files to the host's own CLIP."""
-import contextlib
 import os
 
 import comfy.sd
 import numpy as np
 import pytest
 import torch
-from comfy.weight_adapter import LoRAAdapter
+from encoder_tester import EncoderTester
 from encoders import ENCODERS
 from encoders.encoder import (
     hidden_states,
@@ -14,7 +13,6 @@ from encoders.encoder import (
     load_encoder,
     random_weights,
     small_towers,
-    text_model,
     write_encoder,
 )
 from families import relative_error
@@ -25,29 +23,22 @@ from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import encoder_file
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.progress import Progress
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-ONE_OF_EACH = {
-    encoder.architecture: name for name, encoder in ENCODERS.items() if not encoder.unusable
-}.values()
 # The host cannot encode with these alone. See test_t5.py and test_clip.py (in pairs), test_gemma.py
 # (its decoder).
 ELSEWHERE = {"BYT5_SMALL_GLYPH", "JINA_CLIP_2", "GEMMA_3_4B_VISION"}
 
 
-@contextlib.contextmanager
-def packed_and_dense(name, tmp_path):
-    """One encoder from a file of llama.cpp, and as the host's own dense model."""
-    encoder = ENCODERS[name]
-    with small_towers(encoder):
-        weights = random_weights(encoder)
-        path = tmp_path / "encoder.gguf"
-        write_encoder(path, encoder, weights)
-        packed = load_encoder(path, encoder)
-        yield packed, host_clip(encoder, weights)
+class TestEncoders(EncoderTester):
+    def cases(self, with_loras):
+        """All; of those with the same layers a LoRA is tried on the last."""
+        last = {encoder.architecture: name for name, encoder in ENCODERS.items()
+                if not encoder.unusable}.values()
+        for name in self.kinds:
+            yield pytest.param(name, "GGUF", id=name, marks=() if not with_loras or name in last
+                               else pytest.mark.heavy)
 
 
 TABLES = ("token_embedding.weight", "embed_tokens.weight", "shared.weight")
@@ -89,64 +80,10 @@ def test_a_token_that_a_short_table_lacks_is_a_sentence(tmp_path):
             hidden_states(clip)
 
 
-def packed_layers(clip):
-    """Name in the state dict -> layer."""
-    return {
-        f"{name}.weight": layer for name, layer in clip.cond_stage_model.named_modules()
-        if isinstance(layer, PackedLayer)
-    }
-
-
-def places(clip):
-    """Where the bytes of each packed weight lie in memory."""
-    return {
-        name: value._qdata.data_ptr() for name, value in clip.patcher.model.named_parameters()
-        if is_packed(value)
-    }
-
-
 def test_every_encoder_of_the_host_is_covered():
     assert {model.name for model in comfy.sd.TEModel} <= {
         encoder.te_model for encoder in ENCODERS.values()
     } | ELSEWHERE
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_of_llama_cpp_gives_the_hidden_states_of_the_dense_model(name, tmp_path):
-    with packed_and_dense(name, tmp_path) as (packed, dense):
-        states = hidden_states(packed)
-        layers = [
-            module for module in text_model(packed).transformer.modules()
-            if isinstance(module, PackedLayer)
-        ]
-        assert any(is_packed(layer.weight) for layer in layers)
-        assert all(is_packed(layer.weight) != layer.stays_plain(layer.weight)
-                   for layer in layers if layer.weight.shape[-1] % 32 == 0)
-        assert relative_error(states, hidden_states(dense)) < 1e-4
-
-
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_lora_on_an_encoder_is_as_on_the_dense_model(name, tmp_path):
-    with packed_and_dense(name, tmp_path) as (packed, dense):
-        without = hidden_states(dense)
-        generator = torch.Generator().manual_seed(1)
-        patches = {}
-        for key, layer in packed_layers(packed).items():
-            if layer.has_branch and layer.weight.ndim == 2:
-                rows, columns = layer.weight.shape
-                up, down = (
-                    torch.randn(rows, 4, generator=generator),
-                    torch.randn(4, columns, generator=generator),
-                )
-                patches[key] = LoRAAdapter(
-                    set(), (up, down * 0.2 * columns ** -0.5, 4.0, None, None, None))
-        before = places(packed)
-        for clip in (packed, dense):
-            assert len(clip.add_patches(patches, 1.0)) == len(patches) > 3
-        wanted = hidden_states(dense)
-        error = (hidden_states(packed) - wanted).norm() / (wanted - without).norm()
-        assert error < 1e-5
-        assert places(packed) == before
 
 
 def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monkeypatch):

@@ -9,23 +9,15 @@ import nunchaku_writer
 import pytest
 import torch
 from conformance.mlx import affine_parts
-from encoders import ENCODERS
+from encoder_tester import EncoderTester
 from encoders.encoder import (
-    hidden_states,
     host_clip,
-    load_encoder,
     random_weights,
-    small_towers,
-    text_model,
 )
-from families import relative_error
 from mflux_models import LEVEL, VERSION
 from quantizer_writers import awq, gptq, pack_quantized, quantized_state_dict, save_config
 from safetensors.torch import save_file
 from sdnq_writer import write_folder
-
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -125,18 +117,22 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize(("who", "name"), [
-    (who, name) for who, (_, names) in SAVED.items() for name in names])
-def test_an_encoder_gives_the_hidden_states_of_its_dense_values(who, name, tmp_path):
-    encoder, (write, _) = ENCODERS[name], SAVED[who]
-    with small_towers(encoder):
-        weights = random_weights(encoder)
-        markers = {key: torch.zeros(shape) for key, shape in encoder.markers.items()}
-        values = write(tmp_path, weights, markers | dict(encoder.extra))
-        path = next(tmp_path.iterdir()) if who == "Nunchaku" else tmp_path
-        packed = load_encoder(path, encoder)
-        layers = [module for module in text_model(packed).transformer.modules()
-                  if isinstance(module, PackedLayer) and is_packed(module.weight)]
-        assert len(layers) >= 10
-        expected = hidden_states(host_clip(encoder, {key: values[key] for key in weights}))
-        assert relative_error(hidden_states(packed), expected) < 1e-4
+class TestSavedEncoders(EncoderTester):
+    formats = SAVED
+    some_formats = ("gptq", "SDNQ", "Nunchaku", "mlx-lm 4 bits", "mflux 4 bits")
+
+    def cases(self, with_loras):
+        return [(name, who) for who, (_, names) in SAVED.items() for name in names]
+
+    def kind_of(self, format_name):
+        return SAVED[format_name][1][0]
+
+    def write(self, kind, format_name, folder):
+        weights = random_weights(kind)
+        markers = {key: torch.zeros(shape) for key, shape in kind.markers.items()}
+        values = SAVED[format_name][0](folder, weights, markers | dict(kind.extra))
+        dense = host_clip(kind, {key: values[key] for key in weights})
+        return str(next(folder.iterdir()) if format_name == "Nunchaku" else folder), dense
+
+    def packs(self, format_name, name, matrix):
+        return matrix.ndim == 2 and not keeps(f"{name}.weight")
