@@ -25,7 +25,7 @@ from families import (
     shrunken_detection,
     stable_diffusion_cpp_style,
 )
-from hooked import run_loaded
+from hooked import run_hooked, run_loaded
 from model_table import MODELS, NEWEST
 from model_tester import ModelTester, quantized_layers
 from packed_files import (
@@ -35,7 +35,7 @@ from packed_files import (
     write_host_format,
     write_sdnq,
 )
-from patched_models import lora_for, patched
+from patched_models import LIMIT, error_by_effect, lora_for, patched
 from quantizer_writers import gptq, quantized_state_dict
 from safetensors.torch import load, save_file
 from sdnq_writer import H4, write_folder
@@ -383,6 +383,16 @@ class DiffusionTester(ModelTester):
 
     def patched(self, loaded, patches, strength=1.0):
         return patched(loaded, *((lora, strength * part) for lora, part in patches))
+
+    def test_a_lora_hook_is_exact(self, kind, format_name, tmp_path):
+        path, dense = self.write(kind, format_name, tmp_path)
+        packed, family = self.load(path), FAMILIES[kind]
+        lora = lora_for({name: value for name, value in self.values(self.network(packed)).items()
+                         if name.endswith(".weight")}, seed=4, size=0.1)
+        (before, hooked, after), (without, expected, _) = (
+            run_hooked(model, family, lora, 0.8) for model in (packed, dense))
+        assert error_by_effect(hooked, expected, without) < max(LIMIT, self.limit)
+        assert torch.equal(after, before)
 
     # --- a part of a model on its device ---
 
