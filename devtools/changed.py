@@ -19,7 +19,7 @@ PACK = "featherweight"  # as which tests import the root
 def changed_tests(root: Path = ROOT) -> list[str]:
     """Return the files of tests to run: those that have changed, and for each other changed module
     those to which the fewest imports lead, the ones of a folder of the same name first."""
-    users = _users(root)
+    users = users_by_file(root)
     found: dict[str, None] = {}
     for name in changed_files(root):
         if is_test(name) and (root / name).is_file():
@@ -65,7 +65,8 @@ def nearest(name: str, users: dict[str, set[str]]) -> list[str]:
     return sorted(tests, key=order)[:MOST]
 
 
-def _users(root: Path) -> dict[str, set[str]]:
+def users_by_file(root: Path) -> dict[str, set[str]]:
+    """Return the path of each file of Python that is imported -> those of what imports it."""
     files = [path for folder in ("cluster", "devtools", "loaders", "nodes", "ops", "tests")
              for path in (root / folder).rglob("*.py")]
     files += root.glob("*.py")

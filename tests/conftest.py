@@ -21,10 +21,10 @@ import processes
 import pytest
 import torch
 import windows_rules
+from pack_api import packed_layers
 
 from devtools import ROOT
 from devtools.host.environment import HOST_VERSION
-from featherweight.ops.layers import packed_layers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes

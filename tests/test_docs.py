@@ -16,6 +16,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
+from pack_api import GGML_FORMATS, ROW_TYPES, host_multiplies
 from pack_nodes import current_nodes
 from PIL import Image
 
@@ -30,7 +31,6 @@ from devtools.workflows.__main__ import blueprint_index, index
 from devtools.workflows.recommended import RECOMMENDED
 from devtools.workflows.recommended import table as recommended_table
 from devtools.workflows.workflow import Workflow
-from featherweight.loaders.comfyui.compute import host_multiplies
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
@@ -57,10 +57,8 @@ from featherweight.nodes import (
 )
 from featherweight.nodes.search_words import FAMILIES
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
 from featherweight.ops.kernels.cpp_backend import COMPILERS, NO_COMPILER, install_advice
-from featherweight.ops.packing.pack_types import ROW_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}

@@ -11,17 +11,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from pack_api import ROW_TYPES, SecondMoments, load_diffusion_model, source_of_file
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 from saving import save
 
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
-from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.packing.pack_types import ROW_TYPES
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = [pytest.mark.usefixtures("small_models"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and processes of POSIX")]

@@ -11,13 +11,12 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from pack_api import WeightFileError, open_weights
 from safetensors.torch import save, save_file
 
 from devtools import ROOT
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files.diffusers_folder import is_bare
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models.checkpoint import _clip_type
 from featherweight.loaders.paths import folders

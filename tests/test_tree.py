@@ -9,12 +9,14 @@ import comfy.options
 import known_skips
 import pytest
 
+from devtools.changed import users_by_file
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 
 PACK = Path(__file__).resolve().parent.parent
 HOST = Path(comfy.options.__file__).resolve().parent.parent
 # each may import itself and those after it
 LAYERS = ("nodes", "cluster", "loaders", "ops", "child_process")
+MOST_BROKEN = 10  # files of tests that name the path of a module
 WITHOUT_FORMATS = ("base", "bits", "rotation", "row_layout")  # of ops/formats
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 # Formats, kernels, packing and readers of files know torch alone.
@@ -246,6 +248,15 @@ def test_own_modules_are_imported_relatively():
             "devtools",
             "tests",
         }, path
+
+
+def test_a_module_that_moves_breaks_few_files_of_tests():
+    """What many of them use has a name in tests/support/pack_api.py."""
+    users = users_by_file(PACK)
+    broken = {name: sum(user.startswith("tests/") for user in users[name]) for name in users
+              if name.startswith(LAYERS) and not name.endswith("__init__.py")}
+    assert len(broken) > 250
+    assert not {name: count for name, count in broken.items() if count > MOST_BROKEN}
 
 
 def test_requirements_are_those_of_the_project_file():

@@ -9,9 +9,9 @@ import packing_error
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
+from pack_api import ROW_TYPES
 
 from devtools import ROOT
-from featherweight.ops.packing.pack_types import ROW_TYPES
 
 TABLES = json.loads((ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8"))
 RECORDED, EQUAL_BYTES = TABLES["host_types"], TABLES["equal_bytes"]

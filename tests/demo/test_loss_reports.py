@@ -8,16 +8,14 @@ from devtools.measure.weights import snr
 
 import pytest
 import torch
+from pack_api import EXACT, load_diffusion_model, plan_file, source_of_model
 
 from demo_model import scenes
-from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.layer_losses import LOSS_IN_LAYERS
-from featherweight.loaders.packing.planning.file_plan import SaveOptions, plan_file, suffix_for
+from featherweight.loaders.packing.planning.file_plan import SaveOptions, suffix_for
 from featherweight.loaders.packing.save import save
-from featherweight.loaders.packing.source import source_of_model
 
 MIX = 5_000_000  # bytes, with types of GGUF
 FEW = ("Q4_K", "Q3_K", MIX)

@@ -8,11 +8,11 @@ from devtools.measure.weights import snr
 import pytest
 import torch
 from imatrices import write_imatrix
+from pack_api import load_diffusion_model
 
 from demo_model import scenes
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.models import pack_on_load
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 SIZE = 4_500_000
 CAPTIONS = IMAGES = 4

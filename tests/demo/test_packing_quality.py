@@ -9,16 +9,13 @@ from devtools.measure.packing_quality import Maker
 
 import packing_error
 import pytest
+from pack_api import FORMATS, SecondMoments, is_packed, open_weights
 
 from demo_model import scenes
 from devtools import ROOT
 from devtools.demo import STEPS
 from devtools.files import demo_files
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.error_feedback import pack_with_feedback
-from featherweight.ops.quantize.second_moments import SecondMoments
-from featherweight.ops.tensor.packed_layout import is_packed
 
 RECORDED = json.loads(
     (ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")

@@ -6,12 +6,12 @@ import comfy.sd
 import comfy.sd1_clip
 import pytest
 import torch
+from pack_api import load_text_encoder
 from torch.nn import functional
 
 from demo_model import scenes, text
 from demo_model.autoencoder import Autoencoder, widened
 from devtools.files.demo_files import ENCODER_NAME, write_encoder
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 SHORT = 18  # tokens of 77 that a prompt may fill
 PROMPTS = [

@@ -11,7 +11,7 @@ from devtools import ROOT, changed
 
 @pytest.fixture(scope="module")
 def users():
-    return changed._users(ROOT)
+    return changed.users_by_file(ROOT)
 
 
 def test_each_module_of_the_pack_has_tests_that_are_nearest_to_it(users):

@@ -13,6 +13,14 @@ from encoders import ENCODERS
 from encoders.encoder import load_encoder, random_weights
 from host_formats import HOST_FORMATS, in_host_format, mark_of
 from marked_flux import flux_in, weight_error, write
+from pack_api import (
+    WeightFileError,
+    load_checkpoint,
+    load_diffusion_model,
+    load_notes,
+    load_text_encoder,
+    source_of_file,
+)
 from patched_models import flux_inputs, run, tiny_flux
 from published_forms import of_black_forest_labs, plain_fp8
 from quantizer_models import write_quantized_flux
@@ -22,17 +30,12 @@ from saving import save
 from small_encoders import encode, t5_file
 
 from featherweight.loaders.comfyui import finite_output
-from featherweight.loaders.comfyui.load_check import load_notes, patcher_of
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.pack_on_load import LOAD_TYPES
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.refusals.read_anyway import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("small_models")

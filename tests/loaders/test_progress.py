@@ -10,14 +10,12 @@ import comfy.utils
 import pytest
 import torch
 import tqdm.std
+from pack_api import load_checkpoint, load_diffusion_model, load_text_encoder
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
 from featherweight.loaders import progress
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.nodes import node_text
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}

@@ -15,22 +15,24 @@ import recipe_process
 import torch
 from checkpoint_parts import checkpoint_shapes
 from comfy.weight_adapter import LoRAAdapter
+from pack_api import (
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+    packed_layers,
+    packed_operations,
+    packed_tensor,
+)
 from patched_models import flux_file
 from recipe_process import digest
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.recipe import LOADERS, Recipe
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.layers import packed_layers
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patches.layer_patches import build_patches
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -7,25 +7,16 @@ import pytest
 import torch
 from model_folders import use_folder
 from nunchaku_models import load, quantized
+from pack_api import AUTOMATIC, COMFYUI, EXACT, FAST, host_multiplies, is_packed
 from pack_nodes import node_list
 from patched_models import flux_file, packed_flux
 
-from featherweight.loaders.comfyui.compute import (
-    AUTOMATIC,
-    COMFYUI,
-    COMPUTE_CHOICES,
-    EXACT,
-    FAST,
-    FOLLOW_COMPUTE,
-    computing,
-    host_multiplies,
-)
+from featherweight.loaders.comfyui.compute import COMPUTE_CHOICES, FOLLOW_COMPUTE, computing
 from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.models import fit_device
 from featherweight.loaders.models.fit_device import faster_type_text
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLinear
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}

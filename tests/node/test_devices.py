@@ -8,6 +8,7 @@ from checkpoint_parts import autoencoder, checkpoint_shapes
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from model_folders import use_folder
+from pack_api import is_packed, load_checkpoint, load_diffusion_model
 from packed_weights import packed_weights, write_packed
 from prompt_errors import input_errors
 from safetensors.torch import save_file
@@ -15,11 +16,8 @@ from safetensors.torch import save_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders import devices
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.vae import load_vae
 from featherweight.nodes import load_text_encoder
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.fake_gpus
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import execution
 import pytest
+from pack_api import WeightFileError
 from pack_nodes import node_list
 
 import featherweight
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.nodes.run_on_ray import GraphError, RayRunError, RunOnRay
 
 node_list()  # imports every module with nodes
@@ -45,7 +45,7 @@ def test_all_exceptions_that_name_files_are_among_them():
 
 RAISING = """
 import comfyui_and_pack, pickle, sys
-from featherweight.loaders.files.open_weights import open_weights
+from pack_api import open_weights
 try:
     open_weights(sys.argv[1])
 except ValueError as error:

@@ -7,6 +7,7 @@ from comfy.weight_adapter import LoRAAdapter
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, load_encoder, random_weights, write_encoder
 from gpu_memory import sample
+from pack_api import PackedLayer
 from patched_models import (
     LIMIT,
     dense_flux,
@@ -18,7 +19,6 @@ from patched_models import (
     patched,
 )
 
-from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
 
 ON_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(dynamic=kind == "dynamic"))

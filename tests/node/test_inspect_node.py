@@ -5,13 +5,12 @@ import os
 import pytest
 import torch
 from model_folders import use_empty_folders
+from pack_api import WeightFileError, load_diffusion_model
 from safetensors.torch import save_file
 
 from devtools import inspect_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, list_all_files
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}

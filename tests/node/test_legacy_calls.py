@@ -17,12 +17,12 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, NUNCHAKU, OUTPUTS, VAE
 from model_folders import use_empty_folders
+from pack_api import is_packed
 from pack_nodes import node_list
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.nodes.legacy import loaders
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

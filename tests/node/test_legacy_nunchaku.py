@@ -10,6 +10,7 @@ from encoders import ENCODERS
 from encoders.encoder import random_weights, write_encoder
 from legacy_ids import INPUTS, NUNCHAKU
 from model_folders import use_empty_folders
+from pack_api import is_packed
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -26,7 +27,6 @@ from workflow_files import FLUX_SIZES, nf4, nf4_folder
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.nodes.legacy import loaders
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

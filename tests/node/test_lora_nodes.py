@@ -7,6 +7,7 @@ import pytest
 import torch
 from lora_models import empty_clip, empty_model, pairs, weight_shapes
 from model_folders import use_folder
+from pack_api import load_diffusion_model
 from safetensors.torch import load_file, save_file
 
 from devtools.files import tiny_models
@@ -15,7 +16,6 @@ from featherweight.loaders.lora.block_weights import parse_block_weights, preset
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.model_blocks import block_name, describe_blocks, weight_keys
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths import folders
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora

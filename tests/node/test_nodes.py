@@ -12,12 +12,13 @@ import pytest
 import windows_rules
 from comfy_api.latest import io
 from legacy_ids import INPUTS, NAME, OUTPUTS
+from pack_api import WeightFileError
 from pack_nodes import current_nodes, ids_in_source, node_list
 
 import featherweight.nodes
 import nodes as host_nodes
 from devtools import ROOT
-from featherweight.loaders.container.weight_file import WeightFileError, map_file
+from featherweight.loaders.container.weight_file import map_file
 from featherweight.loaders.models.pack_on_load import LOAD_TYPES
 from featherweight.loaders.paths import folders
 from featherweight.nodes import help_pages, release_files_on_error

@@ -9,13 +9,13 @@ import comfy.model_patcher
 import pytest
 import torch
 from gpu_memory import larger_flux, sample, step
+from pack_api import load_text_encoder
 from patched_models import packed_flux
 from prompt_errors import LINK, input_errors
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders.models.placement import place, placed_text
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.nodes import place_model
 from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.place_model import PlaceModel

@@ -6,9 +6,9 @@ import re
 
 import pytest
 from comfy_api.latest import io
+from pack_api import WeightFileError
 from prompt_errors import NODES, prompt_errors
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.devices import find_device
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.inspect_model_file import InspectModelFile

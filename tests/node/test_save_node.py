@@ -10,19 +10,23 @@ import folder_paths
 import pytest
 import torch
 from checkpoint_parts import stable_diffusion
+from pack_api import (
+    HOST_TYPES,
+    ROW_TYPES,
+    SaveError,
+    WeightFileError,
+    load_diffusion_model,
+    open_weights,
+)
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
 from prompt_errors import prompt_errors
 from safetensors.torch import save_file
 
 from featherweight.loaders.container import network_drives
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.atomic_file import WriteError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning import file_plan
-from featherweight.loaders.packing.planning.file_plan import HOST_TYPES, MIXES
+from featherweight.loaders.packing.planning.file_plan import MIXES
 from featherweight.loaders.packing.planning.plan import PlanError
-from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes import save_packed_model
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.save_packed_model import (
@@ -31,7 +35,7 @@ from featherweight.nodes.save_packed_model import (
     RENAMED_LORAS,
     SavePackedModel,
 )
-from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
+from featherweight.ops.packing.pack_types import TYPES
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

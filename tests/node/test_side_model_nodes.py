@@ -19,11 +19,11 @@ from families import FAMILIES, relative_error, shrunken_detection
 from gpu_memory import lies_on
 from host_nodes import seeded
 from model_folders import use_empty_folders
+from pack_api import WeightFileError
 from packed_files import write_q8_0
 from safetensors.torch import save_file
 
 import nodes as host_nodes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.nodes.load_side_models import LoadCLIPVision, LoadControlNet, LoadModelPatch
 
 

@@ -22,13 +22,12 @@ from families import (
 from host_nodes import Case, Setting, execute
 from model_folders import use_folder
 from nunchaku_models import table_of
+from pack_api import is_packed, load_diffusion_model, packed_tensors
 from packed_files import PACKED_FILES, write_q8_0
 from quantizer_writers import gptq, quantized_state_dict, save_config
 from safetensors.torch import save_file
 
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.apply_lora import ApplyLora
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

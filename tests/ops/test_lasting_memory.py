@@ -6,16 +6,13 @@ import weakref
 import comfy.model_prefetch
 import pytest
 import torch
+from pack_api import FORMATS, packed_tensor, product, random_tensors
 from patched_layers import COLUMNS, patches_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops.formats import bits
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.rotation import rotation_signs
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import product
 from featherweight.ops.patches.layer_patches import build_patches
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 

@@ -3,13 +3,12 @@ ComfyUI's own types."""
 import numpy as np
 import pytest
 from checkpoint_parts import MODEL, stable_diffusion
+from pack_api import HOST_TYPES, source_of_file
 from safetensors.torch import save_file
 from saving import save
 
 from devtools.host.server import PACK, Server
 from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
-from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
-from featherweight.loaders.packing.source import source_of_file
 
 EXACT = "exact.safetensors"
 

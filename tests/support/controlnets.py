@@ -19,11 +19,10 @@ import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from families import FAMILIES, shrunken_detection
 from host_nodes import MODELS, UNET, conditioning, models, seeded, two_steps
+from pack_api import PackedLayer, is_packed
 from packed_files import PACKED_FILES, write_sdnq
 
 import nodes as host_nodes
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
 
 FLUX = FAMILIES["flux-dev"]
 

@@ -2,10 +2,9 @@
 import re
 
 import pytest
+from pack_api import WeightFileError, open_weights
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 
 

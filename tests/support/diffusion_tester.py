@@ -28,6 +28,17 @@ from families import (
 from hooked import run_hooked, run_loaded
 from model_table import MODELS, NEWEST
 from model_tester import ModelTester, quantized_layers
+from pack_api import (
+    FORMATS,
+    GGML_FORMATS,
+    PackedLayer,
+    is_packed,
+    load_diffusion_model,
+    load_notes,
+    memory_summary,
+    open_weights,
+    packed_tensors,
+)
 from packed_files import (
     in_shards,
     write_bitsandbytes,
@@ -42,15 +53,8 @@ from sdnq_writer import H4, write_folder
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.comfy_quant import ROTATION
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 PREFIX = "model.diffusion_model."
 SAMPLING_TABLES = 1 << 16  # most bytes of what the host counts as part of the model

@@ -12,8 +12,7 @@ from encoders.encoder import (
     write_encoder,
 )
 from model_tester import ModelTester
-
-from featherweight.ops.layers.packed_layers import PackedLayer
+from pack_api import PackedLayer
 
 
 class EncoderTester(ModelTester):

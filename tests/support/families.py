@@ -22,8 +22,7 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
-
-from featherweight.loaders.models.diffusion import load_diffusion_model
+from pack_api import load_diffusion_model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ import comfy.sample
 import pytest
 import torch
 from fake_gpus import CAPACITY
+from pack_api import load_diffusion_model
 from patched_models import flux_inputs, folder, parts
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patches.adapters import adapter_tensors
 
 # for `pytest.mark.parametrize`: a model's kind of loading

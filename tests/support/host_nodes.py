@@ -13,12 +13,12 @@ import pytest
 import torch
 from comfy_api.latest import io
 from families import FAMILIES, comfyui_gguf_style, random_weights, shrunken_detection
+from pack_api import load_diffusion_model
 from patched_models import folder
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 # Two levels of 320 and 640 channels, for nodes that look at the levels of a UNet.
 UNET = dataclasses.replace(

@@ -18,9 +18,10 @@ from pathlib import Path
 import precompiled
 import pytest
 import torch
+from pack_api import cpp_backend
 
 from featherweight.ops import cpu_features as cpu_features
-from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend
+from featherweight.ops.kernels import cuda_backend, metal_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
 from featherweight.ops.kernels.runtime_compiler import CUDA, HIP, Api, Driver, GpuError

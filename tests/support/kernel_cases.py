@@ -8,17 +8,21 @@ import ggml_reference
 import precompiled
 import pytest
 import torch
+from pack_api import (
+    FORMATS,
+    GGML_FORMATS,
+    ROW_TYPES,
+    cpp_backend,
+    product,  # noqa: F401
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from user_kernels import forget_decisions
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import formats_of_key
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend, kernel_source
-from featherweight.ops.layers import product  # noqa: F401
-from featherweight.ops.packing.pack_types import ROW_TYPES
+from featherweight.ops.kernels import kernel_source
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*GGML_FORMATS.values(), *CODEBOOKS, INT8.of_columns(96)]

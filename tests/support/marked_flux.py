@@ -4,10 +4,9 @@ import json
 import torch
 from host_formats import in_host_format, mark_of
 from kernel_writer import rotated
+from pack_api import QuantizedTensor
 from patched_models import relative, tiny_flux
 from safetensors.torch import save_file
-
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 CHECKPOINT = "model.diffusion_model."
 

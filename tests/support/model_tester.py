@@ -13,21 +13,25 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 from families import deep_clone, relative_error
+from pack_api import (
+    AUTOMATIC,
+    COMFYUI,
+    HOST_TYPES,
+    PackedLayer,
+    QuantizedTensor,
+    WeightFileError,
+    compute,
+    is_packed,
+    memory_summary,
+    product,
+)
 from packed_files import PACKED_FILES, WIDTHS, load_values_of, write_with_dense
 from patched_models import LIMIT
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui import compute
-from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
-from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import side_models
-from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.quantizers.comfy_quant import row_type_of
-from featherweight.ops.layers import product
-from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 Weights = Mapping[str, torch.Tensor]
 

@@ -5,8 +5,7 @@ import nunchaku_writer as writer
 import pytest
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
-
-from featherweight.loaders.models.diffusion import load_diffusion_model
+from pack_api import load_diffusion_model
 
 
 def table_of(name):

@@ -24,12 +24,12 @@ from comfy.controlnet import load_controlnet as load_dense_controlnet
 from controlnets import KINDS, sample, shrunken_controlnet
 from families import shrunken_detection
 from host_nodes import MODELS, Case, Setting, execute, lora, models, observed, seeded
+from pack_api import WeightFileError
 from packed_files import write_q8_0
 from patched_models import folder, relative
 from safetensors.torch import save_file
 
 import nodes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.packing.source import check_saveable
 from featherweight.nodes.apply_lora import ApplyLora

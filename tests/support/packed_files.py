@@ -14,13 +14,12 @@ import pytest
 import torch
 from families import comfyui_gguf_style
 from host_formats import in_host_format
+from pack_api import is_packed, product
 from safetensors.torch import load, save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.ops.formats.comfy_quant import ROTATION
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import is_packed
 
 
 def write_ggml(packed_type: str, path, weights, **options):

@@ -1,11 +1,9 @@
 """Weights packed in 8 bits, convolutions too, and GGUF files of them."""
 import torch
+from pack_api import FORMATS, is_packed, pack_tensor
 
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.quantizers.integers import pack_rows
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.packed_tensor import relabel
 
 

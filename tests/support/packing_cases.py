@@ -5,12 +5,11 @@ import functools
 import pytest
 import torch
 from kernel_cases import GRID_SAMPLE, cpu_kernels, shared_cache
+from pack_api import FORMATS, ROW_TYPES, SecondMoments
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing import pack_rows, pack_tensor
-from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
-from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.packing.pack_types import pack_type
 
 # Not those of other block lengths, which other tests may have made.
 GRIDS = {name: each for name, each in FORMATS.items() if each.grid and not each.arguments}

@@ -8,12 +8,10 @@ from pathlib import Path
 from devtools.measure.painter import Painter
 
 import torch
+from pack_api import FORMATS, load_diffusion_model, pack_tensor
 
 from demo_model import scenes
 from devtools.files import demo_files
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing.pack_tensor import pack_tensor
 
 # Mean of 10 log10 (|Wx|^2 / |(W - V)x|^2) over the block matrices, dB: a little less than what was
 # found, which is at least what llama.cpp's own search without importance reached.

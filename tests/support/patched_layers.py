@@ -9,9 +9,9 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, in_host_format
 from host_patches import patched_by_host
+from pack_api import packed_operations
 from patched_models import adapter, packed_anyhow
 
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patches.layer_patches import build_patches
 
 ROWS, COLUMNS, RANK = 48, 256, 4

@@ -16,18 +16,21 @@ import pytest
 import torch
 from fake_gpus import ON_FAKE_GPUS
 from host_formats import write_mixed
+from pack_api import (
+    FORMATS,
+    PackedLayer,
+    QuantizedTensor,
+    compute,
+    load_diffusion_model,
+    open_weights,
+    packed_tensor,
+)
 from user_kernels import without_kernels
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
-from featherweight.loaders.comfyui import compute
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for
-from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32

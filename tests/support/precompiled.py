@@ -6,8 +6,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from pack_api import cpp_backend
+
 from featherweight.ops import cpu_features as cpu_features
-from featherweight.ops.kernels import cpp_backend
 
 # What lanes.h and parallel.h of source/cpu include, which are in every kernel of a CPU.
 CPU_HEADERS = ("#include <string.h>\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif\n"

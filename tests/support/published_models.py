@@ -25,13 +25,11 @@ from encoders.encoder import random_weights as encoder_weights
 from encoders.encoder import small_towers, text_model
 from encoders.t5 import T5_SMALL
 from families import FAMILIES, Family, random_weights, shrink_parts, shrunken_detection
+from pack_api import load_checkpoint, load_diffusion_model, load_text_encoder
 
 from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, MODEL
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 
 Weights = dict[str, torch.Tensor]

@@ -1,11 +1,10 @@
 """A model saved in one call."""
 import torch
+from pack_api import is_packed, open_weights, plan_file
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing import save as packing
-from featherweight.loaders.packing.planning.file_plan import SaveOptions, plan_file
+from featherweight.loaders.packing.planning.file_plan import SaveOptions
 from featherweight.loaders.packing.source import Weight
-from featherweight.ops.tensor.packed_layout import is_packed
 
 # Encoders that differ from another one here only in their sizes.
 SIBLINGS = (

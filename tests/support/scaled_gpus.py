@@ -24,14 +24,11 @@ import comfy.supported_models
 import pytest
 import torch
 from families import FAMILIES, Family, host_model, shrunken_detection
+from pack_api import Format, pack_tensor, pack_types, packed_tensor
 from safetensors.torch import save_file
 
 from featherweight.loaders.packing.planning import for_device
-from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace
-from featherweight.ops.packing import pack_types
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 HALF_BYTES = 2
 MAIN_GIB = 1 << 10  # main memory is no limit here

@@ -7,9 +7,8 @@ import comfy.sd
 import torch
 from encoders import ENCODERS
 from encoders.encoder import TOKENS, random_weights, write_encoder
+from pack_api import load_text_encoder
 from patched_models import folder, lora_for
-
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from controlnets import flux_bfl
 from encoders import ENCODERS
 from encoders.encoder import load_encoder, random_weights
 from host_formats import HOST_FORMATS
+from pack_api import QuantizedTensor, load_diffusion_model
 from packed_files import PACKED_FILES, write_host_format
 from patched_models import folder as kept_models
 from patched_models import tiny_flux
@@ -26,9 +27,7 @@ from safetensors.torch import save_file
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_all
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.vae import load_vae
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 Tensors = dict[str, torch.Tensor]
 Writer = Callable[[Path], Any]

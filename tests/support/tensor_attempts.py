@@ -20,12 +20,10 @@ import comfyui_and_pack  # noqa: F401  puts the host on the path
 import numpy as np
 import safetensors.torch
 import torch
+from pack_api import FORMATS, QuantizedTensor, packed_operations, packed_tensor
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor
 
 SHAPE = (16, 16)
 VALUES = np.random.default_rng(0).standard_normal(256, dtype=np.float32)

@@ -8,18 +8,21 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_format, mark_of
+from pack_api import (
+    COMFYUI,
+    EXACT,
+    WeightFileError,
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+    source_of_file,
+)
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.compute import COMFYUI, EXACT
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import loader_choice
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import has_plain_fp8, needs_own_reader
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
-from featherweight.loaders.packing.source import source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -14,25 +14,30 @@ from families import (
     relative_error,
     stable_diffusion_cpp_style,
 )
+from pack_api import (
+    FORMATS,
+    QuantizedTensor,
+    is_packed,
+    load_diffusion_model,
+    pack_tensor,
+    product,
+    source_of_model,
+)
+from pack_api import compute as compute_module
 from patched_models import dense_flux, flux_file, relative, step
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui import compute as compute_module
 from featherweight.loaders.comfyui.compute import (
     ATTENTION_FLAGS,
     DTYPE_FLAGS,
     compute_dtype,
 )
 from featherweight.loaders.comfyui.model_summary import arithmetic_text
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.source import source_of_model, unsaved_parts
+from featherweight.loaders.packing.source import unsaved_parts
 from featherweight.ops import cpu_features as cpu_features
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers import cpu_attention as cpu_attention
-from featherweight.ops.layers import product
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_other_16bit, is_packed
+from featherweight.ops.tensor.packed_layout import is_other_16bit
 from featherweight.ops.tensor.packed_tensor import relabel
 
 OVERRIDE = "optimized_attention_override"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, comfyui_gguf_style, random_weights
 from hooked import run_hooked
+from pack_api import load_diffusion_model
 from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched, tiny_flux
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 from torch_kernels import unchecked_kernels
@@ -16,7 +17,6 @@ from user_kernels import undecided
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.compute import DTYPE_FLAGS
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops import cpu_features, kernels
 from featherweight.ops.kernels import Case, cuda_backend
 

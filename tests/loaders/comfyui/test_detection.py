@@ -7,16 +7,19 @@ import pytest
 import torch
 from families import FAMILIES, random_weights
 from host_formats import in_host_format
+from pack_api import (
+    SaveError,
+    WeightFileError,
+    load_checkpoint,
+    load_diffusion_model,
+    source_of_file,
+)
 from patched_models import flux_file
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui import weight_keys
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.source import SaveError, source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -8,12 +8,11 @@ import comfy.memory_management
 import comfy.model_management
 import pytest
 import torch
+from pack_api import is_packed, load_diffusion_model
 from patched_models import flux_file, packed_layers, run
 
 from featherweight.loaders.comfyui import keep_packed
 from featherweight.loaders.comfyui.file_slices import SLICE, stream_from_files
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = [pytest.mark.fake_gpus(dynamic=True), pytest.mark.usefixtures("small_models")]
 

@@ -13,25 +13,24 @@ from encoders.encoder import TOWERS, load_encoder, small_towers, write_encoder
 from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, random_weights, shrunken_detection
 from host_formats import in_host_format
+from pack_api import (
+    WeightFileError,
+    is_packed,
+    load_checkpoint,
+    load_diffusion_model,
+    load_notes,
+    load_text_encoder,
+    product,
+)
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.load_check import (
-    check_load,
-    load_notes,
-    patcher_of,
-)
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.comfyui.load_check import check_load, patcher_of
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.refusals.read_anyway import VARIABLE
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -10,14 +10,11 @@ from families import (
     run,
 )
 from marked_flux import old_scaled
+from pack_api import AUTOMATIC, COMFYUI, WeightFileError, is_packed, load_diffusion_model
 from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 VACE = FAMILIES["wan2.1-vace"]
 

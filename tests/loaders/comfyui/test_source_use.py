@@ -14,12 +14,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
 from host_nodes import seeded, two_steps
+from pack_api import WeightFileError, load_notes
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui import source_use
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.pack_model import pack_model
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -3,16 +3,13 @@ cut, dimensions that C programs drop or merge."""
 import pytest
 import torch
 from families import FAMILIES, random_weights
+from pack_api import WeightFileError, load_checkpoint, load_diffusion_model, load_notes
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.comfyui.weight_keys import to_comfy_keys
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -14,6 +14,23 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from host_formats import ASYMMETRIC
 from marked_flux import flux_in, in_format, write
+from pack_api import (
+    AUTOMATIC,
+    COMFYUI,
+    EXACT,
+    KEEP_TYPES,
+    WeightFileError,
+    host_multiplies,
+    is_comfy_quantized,
+    is_packed,
+    load_diffusion_model,
+    load_notes,
+    memory_summary,
+    packed_tensors,
+    plan_file,
+    source_of_file,
+    source_of_model,
+)
 from packed_files import write_host_format
 from patched_models import (
     LIMIT,
@@ -27,27 +44,11 @@ from patched_models import (
 )
 
 from featherweight.loaders.comfyui import model_summary
-from featherweight.loaders.comfyui.compute import (
-    AUTOMATIC,
-    COMFYUI,
-    EXACT,
-    host_multiplies,
-    packed_formats,
-)
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.comfyui.model_summary import (
-    arithmetic_text,
-    dequantize_backend_text,
-    memory_summary,
-)
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.comfyui.compute import packed_formats
+from featherweight.loaders.comfyui.model_summary import arithmetic_text, dequantize_backend_text
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
-from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
-from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

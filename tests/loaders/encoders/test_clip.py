@@ -17,11 +17,10 @@ from encoders.encoder import (
     text_model,
 )
 from families import relative_error
+from pack_api import is_packed, open_weights
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, strip_prefix
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -15,10 +15,10 @@ from encoders.encoder import (
 )
 from encoders.llama import BYTE_LETTERS, SPECIAL
 from families import relative_error
+from pack_api import WeightFileError
 from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.container.weight_file import WeightFileError
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

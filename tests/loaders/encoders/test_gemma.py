@@ -24,15 +24,11 @@ from encoders.encoder import (
     write_encoder,
 )
 from families import relative_error
+from pack_api import Format, WeightFileError, is_packed, load_text_encoder, open_weights
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import arch_of
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace
-from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import dense, join_rows
 
 pytestmark = pytest.mark.usefixtures("small_models")

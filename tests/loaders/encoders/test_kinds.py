@@ -3,9 +3,9 @@ words."""
 import comfy.sd
 import pytest
 import torch
+from pack_api import WeightFileError
 
 import nodes as host_nodes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.encoder_sets import (
     ENCODER_SETS,
     SINGLE_ENCODERS,

@@ -16,13 +16,12 @@ from encoders.encoder import (
     write_encoder,
 )
 from families import relative_error
+from pack_api import is_packed, load_text_encoder
 
 from devtools.files.gguf_files import dequantize, write_gguf
 from featherweight.loaders.encoders.arch import arch_of
 from featherweight.loaders.encoders.archs.qwen import Qwen3VL, Qwen3VL32B, Qwen25VL
 from featherweight.loaders.encoders.archs.qwen35 import Qwen35
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -22,18 +22,14 @@ from encoders.encoder import (
 )
 from encoders.t5 import T5_SMALL, spiece_model
 from families import relative_error
+from pack_api import WeightFileError, is_packed, load_text_encoder, open_weights, packed_layers
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import ARCHS, arch_of
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models import text_encoder
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.layers import packed_layers
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -23,6 +23,7 @@ from comfy.text_encoders.flux import Mistral3Tokenizer
 from comfy.text_encoders.gemma4 import _Gemma4Tokenizer
 from comfy.text_encoders.gpt_oss import LensGptOssTokenizer, _GptOssRawTokenizer
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
+from pack_api import open_weights
 from transformers.integrations.mistral import MistralConverter
 
 from devtools.files.gguf_files import write_all
@@ -34,7 +35,6 @@ from featherweight.loaders.encoders.tokenizer import (
     tekken_model,
     tokenizer_json,
 )
-from featherweight.loaders.files.open_weights import open_weights
 
 HOST_TOKENIZERS = Path(comfy.text_encoders.__path__[0])
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = gguf.TokenType

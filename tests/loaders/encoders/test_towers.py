@@ -21,13 +21,9 @@ from encoders.encoder import (
 from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
 from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
+from pack_api import WeightFileError, is_packed, load_notes, load_text_encoder, open_weights
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

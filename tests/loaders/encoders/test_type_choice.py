@@ -8,11 +8,11 @@ import torch
 from built_clips import built_clip
 from encoders import ENCODERS
 from encoders.encoder import shapes_of, small_towers, write_encoder
+from pack_api import WeightFileError, load_text_encoder
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders import type_choice
 from featherweight.loaders.encoders.encoder_sets import (
     ENCODER_SETS,
@@ -24,7 +24,7 @@ from featherweight.loaders.encoders.encoder_sets import (
 from featherweight.loaders.encoders.type_choice import ANY
 from featherweight.loaders.families import MODELS
 from featherweight.loaders.models import text_encoder
-from featherweight.loaders.models.text_encoder import AUTOMATIC_TYPE, load_text_encoder
+from featherweight.loaders.models.text_encoder import AUTOMATIC_TYPE
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

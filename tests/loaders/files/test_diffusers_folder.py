@@ -3,13 +3,11 @@ import json
 
 import pytest
 import torch
+from pack_api import WeightFileError, is_packed, open_weights
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.tensor.packed_layout import is_packed
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}

@@ -15,17 +15,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
+from pack_api import GGML_FORMATS, WeightFileError, open_weights
 
 from devtools.files.ggml_quantiser import SOURCE
 from devtools.files.gguf_files import write_all, write_gguf
 from devtools.files.gguf_types import FORK_TYPES
-from featherweight.loaders.container.weight_file import (
-    PLAIN_DTYPES,
-    WeightFileError,
-)
+from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.formats.base import GGML_FORMATS
 
 PACKED = [packed.name for packed in GGML_FORMATS.values()]
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
+from pack_api import WeightFileError, open_weights
 
 from devtools.files.gguf_files import write_all
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 
 # Peak of Python's own allocations over the file size, and what a handful of objects cost anyway.
 MEMORY_FACTOR, MEMORY_CONSTANT = 10, 100_000

@@ -20,6 +20,16 @@ from families import FAMILIES, host_patcher, relative_error
 from families import random_weights as family_weights
 from families import run as run_family
 from kernel_writer import write_kernel
+from pack_api import (
+    AUTOMATIC,
+    COMFYUI,
+    PackedLayer,
+    WeightFileError,
+    is_comfy_quantized,
+    is_packed,
+    load_diffusion_model,
+    open_weights,
+)
 from patched_models import (
     LIMIT,
     adapter,
@@ -36,14 +46,8 @@ from patched_models import (
 
 from devtools.files.gguf_files import gguf_writer, write_all
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.quantizers.registry import quantizer_of
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed
 
 TYPES = {torch.int8: gguf.GGMLQuantizationType.I8, torch.float16: gguf.GGMLQuantizationType.F16,
          torch.float32: gguf.GGMLQuantizationType.F32}

@@ -15,23 +15,26 @@ import folder_paths
 import pytest
 import torch
 from families import FAMILIES, random_weights, shrunken_detection
+from pack_api import (
+    ROW_TYPES,
+    WeightFileError,
+    is_packed,
+    load_diffusion_model,
+    memory_summary,
+    open_weights,
+    pack_types,
+    packed_tensors,
+)
 from packed_files import PACKED_FILES
 from patched_models import tiny_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files import atomic_file, packed_cache
 from featherweight.loaders.files.gguf_writer import GGUFWriter
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors_writer import SafetensorsWriter
 from featherweight.loaders.models import pack_on_load
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.packing import pack_types
-from featherweight.ops.packing.pack_types import ROW_TYPES
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

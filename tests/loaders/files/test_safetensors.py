@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pack_api import FORMATS, WeightFileError, is_packed, open_weights, packed_tensors
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors import SafetensorsFile
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 functional = pytest.importorskip("bitsandbytes.functional")
 

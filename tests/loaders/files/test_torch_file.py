@@ -6,14 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from pack_api import WeightFileError, load_diffusion_model, open_weights
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.torch_file import read_torch_file
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 TENSORS = {"a.lora_up.weight": torch.randn(8, 4), "a.lora_down.weight": torch.randn(4, 8).half(),
            "a.alpha": torch.tensor(4.0), "b.diff": torch.randn(8).bfloat16(),

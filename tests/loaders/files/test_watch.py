@@ -14,6 +14,16 @@ import torch
 from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import load_encoder, random_weights, small_towers, write_encoder
+from pack_api import (
+    WeightFileError,
+    is_packed,
+    load_diffusion_model,
+    open_weights,
+    pack_types,
+    packed_tensors,
+    source_of_file,
+    source_of_model,
+)
 from packed_files import PACKED_FILES
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
@@ -22,16 +32,10 @@ from saving import save
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container import network_drives
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.vae import load_vae
-from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.ops.packing import pack_types
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 from featherweight.ops.tensor.read_only_memory import guards_of, is_read_only
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -6,15 +6,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from pack_api import FORMATS, GGML_FORMATS, is_packed, open_weights, packed_tensor
 
 from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.gguf_writer import FILE_TYPES, file_size, gguf_writer
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors_writer import file_size as safetensors_size
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
 
 METADATA = {
     "general.architecture": "flux", "general.quantization_version": 2, "general.file_type": 14,

@@ -13,6 +13,7 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import host_clip, random_weights, small_towers, text_model, write_encoder
 from families import FAMILIES, full_width_shapes
+from pack_api import GGML_FORMATS, load_diffusion_model
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS
 
@@ -34,9 +35,7 @@ from featherweight.loaders.inspect.inspection_chart import color_of, inspection_
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.inspect.requirements import CARDS, required_models
 from featherweight.loaders.lora.block_chart import BACKGROUND
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.for_device import GIB, step_memory
-from featherweight.ops.formats.base import GGML_FORMATS
 
 SIZES = {"hidden": 128, "double_blocks": 2, "single_blocks": 3}
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pack_api import WeightFileError
 from patched_models import KINDS, error_by_effect, flux_file, flux_pair, lora_for, run
 from safetensors.torch import save_file
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file

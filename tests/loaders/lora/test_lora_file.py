@@ -14,10 +14,10 @@ import torch
 from families import FAMILIES, full_width_shapes
 from host_patches import patched_by_host
 from lora_models import MODELS, empty_clip, empty_model, empty_model_of, pairs, weight_shapes
+from pack_api import WeightFileError
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_all
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
 from featherweight.loaders.families import MODELS as KNOWN_MODELS
 from featherweight.loaders.lora.apply import apply_lora

@@ -11,12 +11,11 @@ from families import (
     run,
     shrunken_detection,
 )
+from pack_api import WeightFileError, load_diffusion_model
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.lora.seedvr2 import FILES
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 FAMILY = FAMILIES["seedvr2-3b"]
 LACKS = ("^model.gguf lacks 'negative_conditioning' and 'positive_conditioning', which ComfyUI"

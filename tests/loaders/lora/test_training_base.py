@@ -5,6 +5,7 @@ import shutil
 import pytest
 from lora_models import empty_model, pairs
 from model_folders import use_folder
+from pack_api import load_diffusion_model
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
@@ -12,7 +13,6 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.report import report_text
 from featherweight.loaders.lora.training_base import UNKNOWN, read_words
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 

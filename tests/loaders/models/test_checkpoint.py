@@ -21,13 +21,12 @@ from checkpoint_parts import (
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from host_formats import ASYMMETRIC, in_host_format
+from pack_api import WeightFileError, load_checkpoint
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import MODELS
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.ops.layers import cpu_linear as cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 

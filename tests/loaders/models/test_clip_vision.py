@@ -7,13 +7,12 @@ import pytest
 import torch
 from families import relative_error
 from model_tester import ModelTester
+from pack_api import WeightFileError, load_text_encoder
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, shrink
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models.clip_vision import load_clip_vision
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

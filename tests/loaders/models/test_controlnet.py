@@ -21,6 +21,8 @@ from controlnets import (
 from families import FAMILIES, relative_error
 from host_nodes import models, seeded
 from model_tester import ModelTester, quantized_layers
+from pack_api import QuantizedTensor, is_packed
+from pack_api import compute as compute_module
 from packed_files import (
     write_host_format,
     write_q8_0,
@@ -29,12 +31,10 @@ from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
-from featherweight.loaders.comfyui import compute as compute_module
 from featherweight.loaders.comfyui.compute import follows_model
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -21,17 +21,14 @@ from families import (
     shrunken_detection,
     stable_diffusion_cpp_style,
 )
+from pack_api import WeightFileError, is_packed, load_diffusion_model, load_notes
 from packed_files import PACKED_FILES
 from patched_models import tiny_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import random_rows, write_all, write_gguf
-from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.container import weight_file as container
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
 

@@ -7,6 +7,7 @@ import comfy.sd
 import pytest
 import torch
 from host_formats import ASYMMETRIC, HOST_FORMATS, is_nf4, write_mixed
+from pack_api import COMFYUI, QuantizedTensor, is_packed, load_diffusion_model
 from patched_models import (
     LIMIT,
     Ledger,
@@ -20,10 +21,7 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.loaders.comfyui.compute import COMFYUI
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 

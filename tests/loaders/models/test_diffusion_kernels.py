@@ -10,19 +10,23 @@ from checkpoint_parts import MODEL, SD15, VAE, stable_diffusion
 from controlnets import KINDS, sample, shrunken_controlnet, unguided
 from families import FAMILIES, host_patcher, random_weights, relative_error, run
 from kernel_writer import write_unet
+from pack_api import (
+    AUTOMATIC,
+    COMFYUI,
+    EXACT,
+    PackedLayer,
+    is_packed,
+    load_checkpoint,
+    load_diffusion_model,
+    source_of_file,
+)
 from patched_models import LIMIT, adapter, error_by_effect, kohya, patched
 from safetensors.torch import save_file
 from saving import save
 
-from featherweight.loaders.comfyui.compute import AUTOMATIC, COMFYUI, EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.source import source_of_file
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SDXL = FAMILIES["sdxl"]

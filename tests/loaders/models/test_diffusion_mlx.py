@@ -7,12 +7,10 @@ import pytest
 import torch
 from mflux_models import NAMES, VERSION, mflux_name, write_folder
 from oracles import installed
+from pack_api import WeightFileError, load_diffusion_model, open_weights
 from safetensors.torch import save_file
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.mlx_names import common_name
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths.folders import list_model_folders
 
 MAPPINGS = {"flux-dev": "flux.weights.flux.Flux", "flux2-klein": "flux2.weights.flux2.Flux2",

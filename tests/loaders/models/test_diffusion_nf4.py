@@ -7,6 +7,7 @@ import comfyui_and_pack
 
 import pytest
 import torch
+from pack_api import load_diffusion_model
 from patched_models import KINDS as LORA_KINDS
 from patched_models import (
     LIMIT,
@@ -19,8 +20,6 @@ from patched_models import (
     run,
     tiny_flux,
 )
-
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 from devtools.files.bnb_files import write_bnb, write_bnb_int8
@@ -39,7 +38,7 @@ sys.modules["bitsandbytes"] = None  # an import of it fails
 sys.path[:0] = {folders!r}
 import comfyui_and_pack
 import torch
-from featherweight.loaders.models.diffusion import load_diffusion_model
+from pack_api import load_diffusion_model
 from patched_models import run
 for path in {paths!r}:
     torch.save(run(load_diffusion_model(path)), path + ".pt")

@@ -10,15 +10,12 @@ from families import run as run_family
 from hooked import run_hooked
 from lora_gain import Gain
 from nunchaku_models import dense_of, load, quantized, table_of
+from pack_api import load_diffusion_model, memory_summary, product, relabel
 from patched_models import LIMIT, adapter, error_by_effect, lora_for, patched
 
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.layers import product
 from featherweight.ops.low_rank import LowRank
-from featherweight.ops.tensor.packed_layout import relabel
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pack_api import WeightFileError, load_diffusion_model
 from quantizer_models import write_quantized_flux
 from safetensors.torch import load, save_file
-
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -15,20 +15,24 @@ import torch
 from checkpoint_parts import MODEL, stable_diffusion
 from encoders import ENCODERS
 from encoders.encoder import random_weights as encoder_weights
+from pack_api import (
+    WeightFileError,
+    is_packed,
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+    memory_summary,
+)
 from patched_models import flux_file, folder, tiny_flux
 from recipe_process import digest
 from safetensors.torch import save_file
 
 from featherweight.loaders.byte_sizes import size_text
-from featherweight.loaders.comfyui.model_summary import format_name, memory_summary
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.comfyui.model_summary import format_name
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.models import fit_device, pack_on_load
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, copying_text, fit_text
 from featherweight.loaders.models.placement import placed_text
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.calibration.measure import usual_steps
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.layer_losses import measuring_advice
@@ -52,7 +56,6 @@ from featherweight.loaders.packing.planning.plan import (
 )
 from featherweight.nodes.load_diffusion_model import MIX, NO_CHANGE, packed_type
 from featherweight.ops.patcher.residency import MemoryReport
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -26,19 +26,17 @@ import torch
 from comfy_aimdo.model_vbar import vbars_reset_watermark_limits
 from gpu_memory import empty_gpus
 from lora_models import pairs
+from pack_api import FORMATS, load_diffusion_model, pack_tensor
 from patched_models import folder, parts, patched
 from scaled_gpus import HALF_BYTES, ScaledModel
 from small_encoders import encode, small_t5
 
 from featherweight.loaders.comfyui.model_summary import PACK_STATS_KEY
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
 from featherweight.loaders.packing.planning import for_device
 from featherweight.loaders.packing.planning.plan import types_for
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for
-from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.patcher.residency import PAGE
 
 STATIC, DYNAMIC = pytest.mark.fake_gpus, pytest.mark.fake_gpus(dynamic=True)

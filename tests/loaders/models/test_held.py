@@ -15,18 +15,20 @@ from families import (
     run,
     shrunken_detection,
 )
+from pack_api import (
+    GGML_FORMATS,
+    PackedLayer,
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+    memory_summary,
+    open_weights,
+)
 from patched_models import adapter, relative
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
 from devtools.files.tiny_models import clip_l_shapes, flux_shapes
-from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.formats.base import GGML_FORMATS
-from featherweight.ops.layers.packed_layers import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -4,9 +4,8 @@ import threading
 
 import pytest
 import torch
+from pack_api import load_diffusion_model
 from patched_models import flux_file, flux_inputs, forward, lora_for, packed_flux, patched, run
-
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

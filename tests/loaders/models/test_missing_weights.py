@@ -18,15 +18,14 @@ from encoders import ENCODERS
 from encoders.encoder import load_encoder, small_towers, write_encoder
 from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, random_weights, shrunken_detection
+from pack_api import WeightFileError, load_diffusion_model, load_notes
 from packed_files import write_q8_0
 from patched_models import relative
 from safetensors.torch import save_file
 from stored_files import weights_of, write_plain
 
-from featherweight.loaders.comfyui.load_check import load_notes, patcher_of
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.model_patch import load_model_patch
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -5,13 +5,12 @@ import comfy.sd
 import pytest
 import torch
 from host_formats import ASYMMETRIC
+from pack_api import AUTOMATIC, EXACT, FAST, load_diffusion_model, load_notes
 from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run, tiny_flux
 from published_files import save
 from published_forms import Encoded, int8_convrot, joined, marked, plain
 
-from featherweight.loaders.comfyui.compute import AUTOMATIC, EXACT, FAST, FOLLOW_COMPUTE
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -9,12 +9,12 @@ from families import shrunken_detection
 from host_nodes import MODELS
 from model_patches import KINDS, load_dense, qwen, sample, shrink
 from model_tester import ModelTester, quantized_layers
+from pack_api import is_packed
 from packed_files import (
     write_q8_0,
 )
 
 from featherweight.loaders.models.model_patch import load_model_patch
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

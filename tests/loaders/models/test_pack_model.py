@@ -18,6 +18,16 @@ from families import FAMILIES, host_patcher, random_weights, relative_error, shr
 from families import run as run_family
 from host_formats import HOST_FORMATS
 from marked_flux import in_format, write
+from pack_api import (
+    EXACT,
+    PackedLayer,
+    WeightFileError,
+    is_packed,
+    load_diffusion_model,
+    load_notes,
+    packed_tensors,
+    source_of_model,
+)
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -32,20 +42,14 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.compute import EXACT
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import fit_device, pack_on_load
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, fit_text
 from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.placement import place
 from featherweight.loaders.packing.planning import for_device
 from featherweight.loaders.packing.planning.for_device import Memory
-from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.layers import kitchen_products
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors, plain_dtype_of
+from featherweight.ops.tensor.packed_layout import plain_dtype_of
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

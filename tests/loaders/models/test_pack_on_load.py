@@ -24,6 +24,20 @@ from encoders.encoder import (
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from host_formats import ASYMMETRIC, HOST_FORMATS, in_host_format
+from pack_api import (
+    FORMATS,
+    ROW_TYPES,
+    WeightFileError,
+    is_packed,
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+    memory_summary,
+    open_weights,
+    pack_tensor,
+    packed_tensors,
+    source_of_file,
+)
 from patched_models import (
     LIMIT,
     dense_of,
@@ -42,20 +56,11 @@ from saving import save
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.model_summary import format_name, memory_summary
-from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.comfyui.model_summary import format_name
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models import pack_on_load
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model, read_weights
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.packing.source import source_of_file
+from featherweight.loaders.models.diffusion import read_weights
 from featherweight.loaders.progress import Progress
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.pack_types import ROW_TYPES
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

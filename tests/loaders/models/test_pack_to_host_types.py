@@ -14,6 +14,20 @@ from encoders.encoder import hidden_states, small_towers
 from encoders.encoder import random_weights as encoder_weights
 from families import relative_error
 from model_tester import layers_of_the_host
+from pack_api import (
+    COMFYUI,
+    EXACT,
+    HOST_TYPES,
+    ROW_TYPES,
+    is_packed,
+    load_diffusion_model,
+    load_text_encoder,
+    memory_summary,
+    open_weights,
+    pack_types,
+    packed_tensors,
+    source_of_file,
+)
 from patched_models import flux_inputs, relative, run, tiny_flux
 from safetensors.torch import save_file
 from saving import save
@@ -21,21 +35,12 @@ from stored_files import FILES, diffusion_model, written
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
-from featherweight.loaders.comfyui.compute import COMFYUI, EXACT
-from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models import pack_on_load
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.pack_on_load import pack_weights
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
-from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.quantizers.comfy_quant import row_type_of
-from featherweight.ops.packing import pack_types
-from featherweight.ops.packing.pack_types import ROW_TYPES, pack_type
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.packing.pack_types import pack_type
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("type_name", ROW_TYPES)

@@ -9,15 +9,12 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import ASYMMETRIC
+from pack_api import AUTOMATIC, EXACT, FAST, QuantizedTensor, is_packed, load_notes, product
 from published_files import ROWS, Row, model_of
 from published_models import patchers
 
-from featherweight.loaders.comfyui.compute import AUTOMATIC, EXACT, FAST
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -7,13 +7,9 @@ from checkpoint_parts import SD15, clip_l, stable_diffusion
 from families import relative_error
 from families import run as run_family
 from marked_flux import old_scaled
+from pack_api import WeightFileError, load_checkpoint, load_diffusion_model, load_text_encoder
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
-
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 import vision_models
 from families import FAMILIES, random_weights
+from pack_api import WeightFileError, load_diffusion_model
 from packed_files import write_for_a_loader, write_q8_0
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.model_patch import load_model_patch
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_side_models")

@@ -29,20 +29,25 @@ from encoders.encoder import (
 from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, host_patcher, random_weights, run, shrunken_detection
 from model_table import MODELS, NEWEST
+from pack_api import (
+    FORMATS,
+    GGML_FORMATS,
+    PackedLayer,
+    QuantizedTensor,
+    is_packed,
+    load_diffusion_model,
+    load_text_encoder,
+    packed_layers,
+    packed_operations,
+    packed_tensor,
+    random_tensors,
+)
 from packed_files import write_ggml
 from patched_models import LIMIT, error_by_effect, relative
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.pack_on_load import LOAD_TYPES
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import packed_layers
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.layers.packed_layers import PackedLayer
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

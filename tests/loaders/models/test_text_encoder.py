@@ -16,12 +16,11 @@ from encoders.encoder import (
     write_encoder,
 )
 from families import relative_error
+from pack_api import WeightFileError, load_text_encoder
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import encoder_file
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -10,12 +10,10 @@ from encoders import ENCODERS
 from encoders.clip import CLIP_SMALL
 from encoders.encoder import TOKENS, in_gguf_names, seeded
 from families import relative_error
+from pack_api import COMFYUI, is_packed, load_text_encoder
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.compute import COMFYUI
-from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 from devtools.files.bnb_files import write_bnb, write_bnb_int8

@@ -17,6 +17,7 @@ from checkpoint_parts import with_prefixes
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taesd import TAESD
+from pack_api import PackedLayer, WeightFileError, is_packed, load_checkpoint, load_notes, product
 from packed_weights import pack_int8, pack_q8_0, packed_weights, write_packed
 from safetensors.torch import save_file
 
@@ -24,15 +25,10 @@ from demo_model import scenes
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.compute import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops import cpu_features as cpu_features
-from featherweight.ops.layers import product
 from featherweight.ops.layers.load_hooks import pack_layers
-from featherweight.ops.layers.packed_layers import PackedLayer, make_packed
-from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import make_packed
 
 CPU = torch.device("cpu")
 PICTURES = 8

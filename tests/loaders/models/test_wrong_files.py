@@ -14,18 +14,20 @@ from checkpoint_parts import autoencoder, clip_l
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from controlnets import flux_bfl
 from families import FAMILIES, comfyui_gguf_style, random_weights, shrunken_detection
+from pack_api import (
+    WeightFileError,
+    load_checkpoint,
+    load_diffusion_model,
+    load_notes,
+    load_text_encoder,
+)
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui import unknown_model as unknown_model_module
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 
 pytestmark = pytest.mark.usefixtures("small_models")

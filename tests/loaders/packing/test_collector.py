@@ -6,6 +6,7 @@ from devtools.measure import model_sizes
 
 import pytest
 import torch
+from pack_api import SecondMoments
 
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.calibration import moment_collector
@@ -14,7 +15,6 @@ from featherweight.loaders.packing.calibration.moment_collector import (
     Collector,
     moment_bytes,
 )
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

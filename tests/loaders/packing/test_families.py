@@ -7,6 +7,7 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import host_clip, small_towers, text_model
+from pack_api import FORMATS, GGML_FORMATS
 
 from featherweight.loaders.families import FAMILIES, rules_for
 from featherweight.loaders.packing_rules import (
@@ -14,7 +15,6 @@ from featherweight.loaders.packing_rules import (
     half_type,
     with_fallback,
 )
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.packing.pack_types import TYPES, pack_type
 
 RULES = [family.packing for family in FAMILIES if family.packing]

@@ -9,21 +9,18 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from imatrices import entry, write_dat
+from pack_api import SecondMoments, WeightFileError, open_weights, source_of_model
 from patched_models import dense_flux, packed_flux, relative
 from saving import save
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.calibration import imatrix as reading
 from featherweight.loaders.packing.calibration.imatrix import load_measurement, read_imatrix
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError
-from featherweight.loaders.packing.source import source_of_model
 from featherweight.loaders.paths import folders
 from featherweight.nodes.measure_sensitivity import NO_IMATRIX, MeasureSensitivity
 from featherweight.ops.packing import relative_error
 from featherweight.ops.packing.pack_types import pack_type
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
 QKV = "double_blocks.0.img_attn.qkv.weight"

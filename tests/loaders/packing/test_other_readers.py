@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pack_api import source_of_model
 from patched_models import dense_flux, flux_file, lora_for, patched
 from saving import save, values_in
 
 from featherweight.loaders.packing.planning.file_plan import SAVE_TYPES
-from featherweight.loaders.packing.source import source_of_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")

@@ -20,6 +20,7 @@ from comfy.model_base import ModelType
 from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models import SDXL
 from host_formats import in_host_format
+from pack_api import FORMATS, open_weights, pack_tensor
 from patched_models import lora_for, relative, tiny_flux
 from safetensors.torch import load_file, save_file
 from saving import values_in
@@ -27,9 +28,6 @@ from saving import values_in
 from devtools import ROOT
 from devtools.files import tiny_models
 from featherweight.loaders.files import atomic_file
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing.pack_tensor import pack_tensor
 
 if sys.platform != "win32":
     import resource

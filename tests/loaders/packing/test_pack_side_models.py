@@ -7,15 +7,13 @@ import pytest
 import torch
 import vision_models
 from families import relative_error
+from pack_api import open_weights, plan_file, source_of_file
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.model_patch import load_model_patch
-from featherweight.loaders.packing.planning.file_plan import plan_file
 from featherweight.loaders.packing.save import save
-from featherweight.loaders.packing.source import source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -14,6 +14,20 @@ import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from families import FAMILIES, host_patcher, random_weights, relative_error
 from families import run as run_family
+from pack_api import (
+    FORMATS,
+    HOST_TYPES,
+    KEEP_TYPES,
+    SaveError,
+    is_packed,
+    load_diffusion_model,
+    open_weights,
+    pack_tensor,
+    pack_types,
+    plan_file,
+    source_of_file,
+    source_of_model,
+)
 from patched_models import (
     KINDS,
     dense_flux,
@@ -33,29 +47,11 @@ from featherweight.loaders.byte_sizes import size_text
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.files import safetensors_writer
 from featherweight.loaders.files.atomic_file import WriteError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing import save as packing
-from featherweight.loaders.packing.planning.file_plan import (
-    HOST_TYPES,
-    KEEP_TYPES,
-    SAVE_TYPES,
-    plan_file,
-)
+from featherweight.loaders.packing.planning.file_plan import SAVE_TYPES
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
 from featherweight.loaders.packing.save import Saved
-from featherweight.loaders.packing.source import (
-    SaveError,
-    Source,
-    check_saveable,
-    source_of_file,
-    source_of_model,
-    unsaved_parts,
-)
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.packing import pack_types
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.loaders.packing.source import Source, check_saveable, unsaved_parts
 
 pytestmark = pytest.mark.usefixtures("small_models")
 BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed

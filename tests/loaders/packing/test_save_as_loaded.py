@@ -6,18 +6,20 @@ import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from families import FAMILIES, random_weights, shrunken_detection
+from pack_api import (
+    KEEP_TYPES,
+    is_packed,
+    load_checkpoint,
+    load_diffusion_model,
+    load_notes,
+    open_weights,
+    source_of_model,
+)
 from patched_models import lora_for, patched, tiny_flux
 from safetensors.torch import save_file
 from saving import save
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
-from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 FLAGS = ("fp8_e4m3fn_unet", "fp8_e5m2_unet", "bf16_unet", "fp16_unet", "fp32_unet")

@@ -17,24 +17,17 @@ from encoders.encoder import TOKENS, small_towers
 from encoders.encoder import random_weights as random_encoder
 from families import FAMILIES, random_weights, relative_error, shrunken_detection
 from families import run as run_family
+from pack_api import HOST_TYPES, KEEP_TYPES, SaveError, load_checkpoint, plan_file
 from safetensors.torch import load_file, save_file
 from saving import save
 
 from featherweight.loaders import packing_rules
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.packing.checkpoint_source import (
     source_of_checkpoint,
     source_of_checkpoint_file,
 )
-from featherweight.loaders.packing.planning.file_plan import (
-    HOST_TYPES,
-    KEEP_TYPES,
-    MIXES,
-    SaveOptions,
-    plan_file,
-)
+from featherweight.loaders.packing.planning.file_plan import MIXES, SaveOptions
 from featherweight.loaders.packing.planning.plan import PlanError
-from featherweight.loaders.packing.source import SaveError
 from featherweight.loaders.quantizers.comfy_quant_marks import MARK
 
 pytestmark = pytest.mark.usefixtures("small_models")

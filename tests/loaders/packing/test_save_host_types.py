@@ -26,6 +26,20 @@ from encoders.encoder import random_weights as random_encoder
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
 from ggml_reference import WITHOUT_REFERENCE
+from pack_api import (
+    EXACT,
+    GGML_FORMATS,
+    HOST_TYPES,
+    KEEP_TYPES,
+    ROW_TYPES,
+    SaveError,
+    is_packed,
+    load_diffusion_model,
+    open_weights,
+    plan_file,
+    source_of_file,
+    source_of_model,
+)
 from packed_files import write_ggml
 from patched_models import flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
 from safetensors import safe_open
@@ -34,36 +48,16 @@ from saving import SIBLINGS, save, with_markers
 from stored_files import FILES, diffusion_model, written
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.comfyui.compute import EXACT
 from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
-from featherweight.loaders.packing.planning.file_plan import (
-    HOST_TYPES,
-    KEEP_TYPES,
-    MIXES,
-    SaveOptions,
-    plan_file,
-    suffix_for,
-)
+from featherweight.loaders.packing.planning.file_plan import MIXES, SaveOptions, suffix_for
 from featherweight.loaders.packing.planning.plan import PlanError
-from featherweight.loaders.packing.source import (
-    SaveError,
-    Source,
-    Weight,
-    source_of_encoders,
-    source_of_file,
-    source_of_model,
-)
+from featherweight.loaders.packing.source import Source, Weight, source_of_encoders
 from featherweight.loaders.packing_rules import GENERAL_RULES
 from featherweight.loaders.quantizers.comfy_quant import layer_parts
-from featherweight.ops.formats.base import GGML_FORMATS
-from featherweight.ops.packing.pack_types import ROW_TYPES
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("kind", HOST_TYPES)

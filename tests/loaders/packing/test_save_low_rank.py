@@ -5,14 +5,9 @@ import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, random_weights, relative_error
+from pack_api import KEEP_TYPES, is_packed, load_diffusion_model, open_weights, source_of_model
 from saving import save
 from sdnq_writer import write_folder
-
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
-from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 FAMILY = FAMILIES["flux-dev"]

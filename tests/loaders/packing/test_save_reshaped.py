@@ -4,11 +4,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from pack_api import KEEP_TYPES, source_of_file
 from saving import save, values_in
 
 from devtools.files.gguf_files import pack, write_all
-from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
-from featherweight.loaders.packing.source import source_of_file
 
 CONVOLUTION, LINEAR = (
     "input_blocks.1.0.in_layers.2.weight",

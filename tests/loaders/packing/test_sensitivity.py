@@ -11,12 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+from pack_api import FORMATS, ROW_TYPES, SecondMoments, WeightFileError, pack_tensor
 from patched_models import hooks_in, packed_flux
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from featherweight import nodes
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.packing.calibration import measure as measuring
 from featherweight.loaders.packing.calibration import sampling, sensitivity
@@ -47,11 +47,8 @@ from featherweight.loaders.packing.calibration.sensitivity import (
     summary,
 )
 from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.method_choice import output_errors
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES, PackType
-from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.packing.pack_types import TYPES, PackType
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

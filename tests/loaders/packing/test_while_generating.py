@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from families import FAMILIES, host_patcher, random_weights, shrunken_detection
+from pack_api import SecondMoments, source_of_model
 from patched_models import dense_flux
 from saving import save
 
@@ -25,10 +26,8 @@ from featherweight.loaders.packing.calibration.while_generating import (
     MEASURED_CALLS,
     WhileGenerating,
 )
-from featherweight.loaders.packing.source import source_of_model
 from featherweight.loaders.progress import Progress
 from featherweight.nodes.measure_sensitivity import WHILE_GENERATING, MeasureSensitivity
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models", "one_thread")
 NAME = "wan2.1-t2v"

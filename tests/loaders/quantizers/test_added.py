@@ -44,13 +44,13 @@ import sys, comfyui_and_pack
 sys.modules["featherweight"].__path__ = [sys.argv[1]]
 import torch
 from safetensors.torch import save_file
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
+from pack_api import WeightFileError
+from pack_api import open_weights
 from featherweight.loaders.comfyui.model_summary import title_of
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.registry import METHODS, quantizer_of
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.kernels import cpp_backend
+from pack_api import cpp_backend
 
 path = sys.argv[1] + "/a.safetensors"
 codes = torch.randint(0, 256, (6, 32), dtype=torch.uint8)
@@ -92,8 +92,8 @@ import torch
 from host_formats import mark_of, saved
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.compute import AUTOMATIC, packed_formats
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
+from pack_api import WeightFileError
+from pack_api import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 
 numbers = itertools.count()  # a file that is mapped is not written over

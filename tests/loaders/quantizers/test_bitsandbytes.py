@@ -1,10 +1,9 @@
 """Files of bitsandbytes that lack parts of each weight."""
 import pytest
 import torch
+from pack_api import WeightFileError, open_weights
 from safetensors.torch import save_file
 
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 
 CODES = torch.zeros(512, 1, dtype=torch.uint8)

@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 from encoders.encoder import small_towers
+from pack_api import WeightFileError, is_packed
 from patched_models import KINDS, flux_file, flux_pair, lora_for
 from safetensors.torch import save_file
 from stored_files import CLIP, FILES, Stored, StoredGGUF, stored_in, written
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = [
     pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests"),

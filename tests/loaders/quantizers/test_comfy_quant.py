@@ -4,17 +4,14 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from host_formats import asymmetric_parts, asymmetric_values, awq_weight, mark_of
+from pack_api import is_packed, open_weights, packed_operations, packed_tensors, product
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.loaders.quantizers.parts import PartError
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.layers import product
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 from featherweight.ops.tensor.row_slicing import dense, join_rows, take_rows
 
 ROWS, COLUMNS = 160, 512

@@ -6,19 +6,17 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from damaged_marks import assert_refused
 from host_formats import asymmetric_parts, asymmetric_values, in_host_format, mark_of, saved
+from pack_api import WeightFileError, is_packed, open_weights
 
 from featherweight.loaders.comfyui.comfy_quant_weights import (
     as_tensors,
     host_reads_flat_banks,
     read_marked,
 )
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.layers.packed_layers import MoEExperts
-from featherweight.ops.tensor.packed_layout import is_packed
 
 FORMATS = {
     "int8_tensorwise": {}, "int8_tensorwise, rotated": {"convrot": True}, "convrot_w4a4": {},

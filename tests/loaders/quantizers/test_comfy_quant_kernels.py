@@ -8,16 +8,14 @@ import torch
 from damaged_marks import assert_refused
 from host_formats import mark_of, saved
 from kernel_writer import SCALES, write_kernel
+from pack_api import is_packed, open_weights, packed_operations
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.comfy_quant import pack_parts, row_type_of
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 
 OF_KERNELS = [name for name, known in COMFYUI_FORMATS.items() if known.read_kernel]

@@ -9,11 +9,8 @@ import pytest
 import torch
 from host_formats import HOST_FORMATS
 from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, write
+from pack_api import COMFYUI, WeightFileError, load_diffusion_model
 from patched_models import tiny_flux
-
-from featherweight.loaders.comfyui.compute import COMFYUI
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import mark_of
+from pack_api import ROW_TYPES, packed_tensors
 
 from featherweight.loaders.quantizers.comfy_quant import layer_parts, pack_parts, row_type_of
-from featherweight.ops.packing.pack_types import ROW_TYPES
-from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.row_slicing import take_rows
 
 # (rows, columns); of 272 and 80 columns no 64 rotate, of 100 none; the last have one block in a row

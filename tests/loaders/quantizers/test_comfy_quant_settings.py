@@ -17,26 +17,26 @@ from marked_flux import (
     weight_error,
     write,
 )
-from patched_models import relative
-from small_encoders import t5_file
-
-from featherweight.loaders.comfyui.compute import (
+from pack_api import (
     AUTOMATIC,
     COMFYUI,
     EXACT,
-    packed_formats,
+    QuantizedTensor,
+    WeightFileError,
+    load_diffusion_model,
+    load_notes,
+    load_text_encoder,
 )
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
+from patched_models import relative
+from small_encoders import t5_file
+
+from featherweight.loaders.comfyui.compute import packed_formats
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models import diffusion
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.comfy_quant_formats import COMFYUI_FORMATS
 from featherweight.loaders.quantizers.comfy_quant_settings import unknown_settings
 from featherweight.loaders.refusals.read_anyway import VARIABLE
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -5,10 +5,8 @@ import pytest
 import torch
 from conformance.base import Written, read_weight, save, weight
 from oracles import auto_round, installed
+from pack_api import WeightFileError, open_weights
 from quantizer_writers import E2M1, int_quantized, nvfp4, pack_quantized, quantize
-
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 
 
 def test_a_layer_of_comfyui_is_left_alone(tmp_path):

@@ -8,14 +8,12 @@ import pytest
 import torch
 from conformance import CASES
 from conformance.base import changed, save
+from pack_api import WeightFileError, is_packed, open_weights
 
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.parts import REAL, WHOLE
 from featherweight.loaders.quantizers.registry import QUANTIZERS, quantizer_of
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import take_rows
 
 QUOTED = "'L"  # what names of the layer and of its tensors begin with

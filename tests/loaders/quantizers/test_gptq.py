@@ -6,11 +6,10 @@ import pytest
 import torch
 from conformance.base import read_weight, weight
 from oracles import auto_round, installed, sources
+from pack_api import WeightFileError, open_weights
 from quantizer_writers import gptq, quantize
 from safetensors.torch import save_file
 
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.base import TensorHeader
 from featherweight.loaders.quantizers.gptq import QUANTIZER

@@ -3,9 +3,7 @@ import pytest
 import torch
 from conformance.base import read_weight
 from oracles import installed
-
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.tensor.packed_layout import is_packed
+from pack_api import is_packed, open_weights
 
 REQUIREMENTS = "hqq==0.2.8.post1", "termcolor", "accelerate"
 

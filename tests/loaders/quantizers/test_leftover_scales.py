@@ -3,15 +3,12 @@
 import pytest
 import torch
 from families import comfyui_gguf_style
+from pack_api import QuantizedTensor, WeightFileError, is_packed, load_diffusion_model, open_weights
 from patched_models import relative, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.quantizers.leftover_scales import WEIGHT_SCALES
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 TYPES = ["Q8_0", "Q4_0", "Q6_K", "F16", "BF16", "F32"]
 ROWS, COLUMNS = 48, 256

@@ -9,9 +9,9 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import awq_weight
 from oracles import installed
+from pack_api import ROW_TYPES
 
 from featherweight.loaders.quantizers.comfy_quant import layer_parts, pack_parts
-from featherweight.ops.packing.pack_types import ROW_TYPES
 
 pytestmark = pytest.mark.heavy
 

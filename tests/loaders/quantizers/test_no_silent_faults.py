@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from encoders.encoder import small_towers
+from pack_api import WeightFileError, load_notes
 from patched_models import relative
 from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, weights_of, written
-
-from featherweight.loaders.comfyui.load_check import load_notes
-from featherweight.loaders.container.weight_file import WeightFileError
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

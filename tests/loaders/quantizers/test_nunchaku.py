@@ -8,12 +8,8 @@ import pytest
 import torch
 from families import relative_error
 from oracles import installed
+from pack_api import WeightFileError, is_packed, open_weights, packed_operations
 from safetensors.torch import save_file
-
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import is_packed
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 PRECISIONS = pytest.mark.parametrize("precision", ["int4", "nvfp4"])

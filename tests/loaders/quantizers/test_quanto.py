@@ -5,12 +5,9 @@ import pytest
 import torch
 from conformance.base import read_weight, weight
 from oracles import installed
+from pack_api import WeightFileError, is_packed, open_weights
 from quantizer_writers import quanto_bits
 from safetensors.torch import save_file
-
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.tensor.packed_layout import is_packed
 
 # layer, norm of its block, and whether the norm is as wide as its columns
 T5, LLAMA = "encoder.block.1.layer.0", "model.layers.3"

@@ -5,12 +5,11 @@ import random
 import pytest
 import torch
 from host_formats import asymmetric_parts, asymmetric_values, mark_of
+from pack_api import is_packed, open_weights
 from quantizer_writers import pack_quantized
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.quantizers.comfy_quant import pack_parts
-from featherweight.ops.tensor.packed_layout import is_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 from host_formats import HOST_FORMATS
+from pack_api import open_weights
 from quantizer_writers import gptq, save_config
 from safetensors.torch import save_file
 from stored_files import FILES, written
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.loader_choice import needs_own_reader

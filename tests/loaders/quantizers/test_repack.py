@@ -3,12 +3,11 @@ import tracemalloc
 
 import pytest
 import torch
+from pack_api import Format, open_weights
 from quantizer_writers import awq
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.quantizers import comfy_quant_formats, gptq, nunchaku_tiles, repack
-from featherweight.ops.formats.base import Format
 from featherweight.ops.formats.svdquant import INPUT_SHIFT, SVDQUANT_INT4
 from featherweight.ops.tensor import packed_layout
 

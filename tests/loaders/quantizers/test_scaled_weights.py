@@ -5,17 +5,14 @@ import pytest
 import torch
 from conformance.base import weight
 from oracles import installed
+from pack_api import WeightFileError, is_packed, load_diffusion_model, open_weights
 from patched_models import dense_of, relative, run, tiny_flux
 from quantizer_writers import fp8_blocks, quantized_state_dict, save_config, svdquant
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.comfy_quant_weights import as_tensors, read_marked
-from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.comfy_quant_marks import SETTINGS, mark_of
-from featherweight.ops.tensor.packed_layout import is_packed
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="it is the oracle")
 

@@ -9,15 +9,14 @@ import pytest
 import sdnq_oracle
 import torch
 from conformance.sdnq import FLOATS, TYPES
+from pack_api import is_packed, open_weights
 from patched_models import relative
 from safetensors.torch import load_file, save_file
 from sdnq_writer import config_of, write_folder, write_weight
 
-from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.quantizers.base import PartError
 from featherweight.loaders.quantizers.sdnq import matches, read_settings
-from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.read_only_memory import is_read_only
 
 # versions -> a package that they need beside torch, diffusers and transformers

@@ -4,9 +4,8 @@ import torch
 from conformance.base import read_weight
 from conformance.torchao import of_integers
 from oracles import installed
+from pack_api import open_weights
 from safetensors.torch import save_file
-
-from featherweight.loaders.files.open_weights import open_weights
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])

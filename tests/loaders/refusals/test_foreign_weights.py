@@ -1,9 +1,9 @@
 """Models whose weights only another pack can read, as those of ComfyUI-GGUF's own loader."""
 import pytest
 import torch
+from pack_api import WeightFileError
 from patched_models import dense_flux, packed_flux
 
-from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.source import check_saveable

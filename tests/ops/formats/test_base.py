@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from pack_api import FORMATS, Format, FormatError
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats import base
-from featherweight.ops.formats.base import FORMATS, Format, FormatError
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.comfy_quant import INT8_ROWS
 from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import BASIC_FORMATS, USUAL_ROWS, row_format
+from pack_api import FORMATS, random_tensors
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops.formats import bits
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bits import bit_planes, half, reinterpret, select, split_bits
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels.validation import random_tensors
 
 CPU = torch.device("cpu")
 EACH = [

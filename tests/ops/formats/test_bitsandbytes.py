@@ -2,12 +2,10 @@
 import comfy.model_management
 import pytest
 import torch
+from pack_api import FORMATS, FormatError, packed_operations, packed_tensor, packed_tensors, product
 
-from featherweight.ops.formats.base import FORMATS, FormatError
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.layers import product, workspace
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.layers import workspace
 
 functional = pytest.importorskip("bitsandbytes").functional
 

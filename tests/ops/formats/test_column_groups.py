@@ -3,14 +3,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from pack_api import FORMATS, packed_tensor, product, random_tensors
 
 from devtools.files.gguf_files import pack
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 ROWS, OUTER, INNER, WIDTH = 300, 3, 2, 128
 COLUMNS = OUTER * INNER * WIDTH

@@ -6,12 +6,12 @@ import torch
 from ggml_reference import WITHOUT_REFERENCE, reference
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
+from pack_api import FORMATS, GGML_FORMATS
 
 from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
 from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
 from featherweight.ops.formats import base, plain
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
 each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.name)

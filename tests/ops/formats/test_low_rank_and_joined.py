@@ -6,29 +6,29 @@ import random
 import pytest
 import torch
 from host_patches import patched_by_host
+from pack_api import (
+    FORMATS,
+    Format,
+    FormatError,
+    is_packed,
+    join_packed,
+    packed_operations,
+    packed_tensor,
+    packed_tensors,
+    product,
+    random_tensors,
+    with_low_rank,
+)
 from patched_layers import plain_lora, with_patches
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.formats.base import FORMATS, Format, FormatError
 from featherweight.ops.formats.column_groups import ColumnGroups, TapsFirst
 from featherweight.ops.formats.comfy_quant import INT8_GROUPS, INT8_ROWS, SMOOTHED
 from featherweight.ops.formats.low_rank_and_joined import Composite
 from featherweight.ops.formats.svdquant import SVDQUANT_INT4
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import product
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.low_rank import LowRank
-from featherweight.ops.tensor.packed_layout import (
-    PickledWeight,
-    is_packed,
-    join_packed,
-    packed_tensor,
-    packed_tensors,
-    scale_packed,
-    with_input_shift,
-    with_low_rank,
-)
+from featherweight.ops.tensor.packed_layout import PickledWeight, scale_packed, with_input_shift
 from featherweight.ops.tensor.packed_tensor import relabel
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 

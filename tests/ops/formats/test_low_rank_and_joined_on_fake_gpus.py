@@ -4,6 +4,7 @@ import comfy.sd
 import pytest
 import torch
 from gpu_memory import BOTH
+from pack_api import is_packed, join_packed, packed_tensor, with_low_rank
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -21,12 +22,6 @@ from featherweight.ops.formats.comfy_quant import INT8_ROWS
 from featherweight.ops.formats.low_rank_and_joined import Composite
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor.packed_layout import (
-    is_packed,
-    join_packed,
-    packed_tensor,
-    with_low_rank,
-)
 
 CPU = torch.device("cpu")
 

@@ -4,19 +4,11 @@ import random
 
 import pytest
 import torch
+from pack_api import is_packed, join_packed, packed_tensor, product, random_tensors, with_low_rank
 
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.formats.svdquant import ShiftedInput
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import (
-    PickledWeight,
-    is_packed,
-    join_packed,
-    packed_tensor,
-    with_input_shift,
-    with_low_rank,
-)
+from featherweight.ops.tensor.packed_layout import PickledWeight, with_input_shift
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 
 CPU = torch.device("cpu")

@@ -3,13 +3,12 @@ import random
 
 import pytest
 import torch
+from pack_api import FORMATS, packed_tensors, product
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.comfy_quant import INT8_CONVROT, INT8_ROWS
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import packed_rows, packed_tensors, with_taps_first
+from featherweight.ops.tensor.packed_layout import packed_rows, with_taps_first
 
 draw = random.Random(3)
 CASES = [(draw.randrange(1, 60), draw.choice((4, 16, 64)), draw.randrange(1, 5),

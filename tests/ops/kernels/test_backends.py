@@ -32,17 +32,23 @@ from kernel_cases import (
     shared_cache,
 )
 from lora_gain import assert_full_strength
+from pack_api import (
+    FORMATS,
+    GGML_FORMATS,
+    check,
+    cpp_backend,
+    packed_tensor,
+    product,
+    random_tensors,
+)
 from python_calls import python_calls
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import cpp_backend, int8_codes, registry
-from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.layers import cpu_linear, product
+from featherweight.ops.kernels import int8_codes, registry
+from featherweight.ops.layers import cpu_linear
 from featherweight.ops.layers.packed_layers import Linear
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 MAIN = ("cpp", "nvrtc", "metal", "gpu")  # the others are variants of these
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]

@@ -17,19 +17,17 @@ import planted_backends
 import psutil
 import pytest
 import torch
+from pack_api import FORMATS, packed_tensor, product, random_tensors
 from user_kernels import forget_decisions, put_back_host, undecided
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import checker, registry, verdicts
 from featherweight.ops.kernels.checker import ProcessChecker
 from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import Case
-from featherweight.ops.kernels.validation import ISSUES, random_tensors
+from featherweight.ops.kernels.validation import ISSUES
 from featherweight.ops.kernels.waiting import host
-from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[3]

@@ -21,16 +21,21 @@ from kernel_cases import (
     reference,
     shared_cache,
 )
+from pack_api import (
+    FORMATS,
+    check,
+    cpp_backend,
+    pack_tensor,
+    packed_tensor,
+    product,
+    random_tensors,
+)
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import cpp_backend, quantize_validation
+from featherweight.ops.kernels import quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Case, CompilerError, SourceError
-from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
-from featherweight.ops.layers import product
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import packed_tensor
+from featherweight.ops.kernels.validation import WrongResult
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

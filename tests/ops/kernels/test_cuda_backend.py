@@ -14,8 +14,11 @@ from kernel_cases import (
     ONE_OF_EACH_BLOCK,
     USUAL_ROWS,
 )
+from pack_api import (
+    FORMATS,
+    product,  # noqa: F401
+)
 
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cuda_backend, runtime_compiler
 from featherweight.ops.kernels.cuda_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.kernel import SourceError
@@ -30,7 +33,6 @@ from featherweight.ops.kernels.runtime_compiler import (
     compiler_libraries,
     driver_libraries,
 )
-from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
 UNROTATED_ROWS = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation][::3]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import decide_on_demand
+from pack_api import FORMATS, packed_tensor, product
 from torch_kernels import RIGHT, add_rounded, attention, dequantize, multiply, transpose
 from user_kernels import forget_decisions, undecided, verdicts_on
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import (
     Backend,
@@ -32,9 +32,8 @@ from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.kernels.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.kernels.waiting import host
-from featherweight.ops.layers import int8, product
+from featherweight.ops.layers import int8
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import BLOCK_FORMATS, ONE_OF_EACH_BLOCK, USUAL_ROWS
+from pack_api import FORMATS
 
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.cuda_backend import Program, alignment
 from featherweight.ops.kernels.kernel import SourceError
 from featherweight.ops.kernels.runtime_compiler import (

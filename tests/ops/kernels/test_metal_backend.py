@@ -17,13 +17,12 @@ from kernel_cases import (
     reference,
     shared_cache,
 )
+from pack_api import FORMATS, check, random_tensors
 
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels import metal_backend
 from featherweight.ops.kernels.kernel_source import C_TYPES, kernel_source
 from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
-from featherweight.ops.kernels.validation import check, random_tensors
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
 CLANG = os.environ.get("CLANG") or shutil.which("clang") or shutil.which("clang-19")

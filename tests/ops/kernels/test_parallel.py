@@ -5,12 +5,10 @@ import re
 import pytest
 import torch
 from kernel_backends import COMPILER, backend_on_cpu
+from pack_api import FORMATS, check, cpp_backend
 
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler
 from featherweight.ops.kernels.kernel_source import SOURCES
-from featherweight.ops.kernels.validation import check
 
 CPU = torch.device("cpu")
 COUNTS = (0, 1, 2, 7, 8, 9, 1021)

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from pack_api import cpp_backend
 from unsafe_files import each_reason
 
-from featherweight.ops.kernels import cpp_backend, private_files
+from featherweight.ops.kernels import private_files
 from featherweight.ops.kernels.cpp_backend import CompilerError, CppCompiler
 
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

@@ -14,20 +14,18 @@ from kernel_cases import (
     row_format,
     shared_cache,
 )
+from pack_api import FORMATS, ROW_TYPES, check, cpp_backend, product, random_tensors
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import formats_of_key
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from featherweight.ops.formats.row_layout import COLUMNS_OF_EXAMPLE, FAMILIES
 from featherweight.ops.formats.svdquant import ShiftedInput
-from featherweight.ops.kernels import cpp_backend, cuda_backend, kernel_source, metal_backend
+from featherweight.ops.kernels import cuda_backend, kernel_source, metal_backend
 from featherweight.ops.kernels.kernel import QUANTIZING, multiplies
 from featherweight.ops.kernels.runtime_compiler import GpuError
-from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
-from featherweight.ops.layers import product
-from featherweight.ops.packing.pack_types import ROW_TYPES
+from featherweight.ops.kernels.validation import WrongResult
 
 BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")

@@ -2,10 +2,13 @@
 and dtype that an operator computes."""
 import pytest
 import torch
+from pack_api import (
+    FORMATS,
+    product,  # noqa: F401
+    random_tensors,
+)
 
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8, product  # noqa: F401
+from featherweight.ops.layers import int8  # noqa: F401
 from featherweight.ops.low_rank import LowRank
 
 ROWS, COLUMNS = 12, 512

@@ -15,14 +15,18 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
+from pack_api import (
+    FORMATS,
+    cpp_backend,
+    product,  # noqa: F401
+)
 from user_kernels import forget_decisions, put_back_host, verdicts_on
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import cpp_backend, waiting
+from featherweight.ops.kernels import waiting
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.layers import int8, product  # noqa: F401
+from featherweight.ops.layers import int8  # noqa: F401
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

@@ -16,13 +16,13 @@ from kernel_cases import (
     reference,
     row_format,
 )
+from pack_api import FORMATS, check, cpp_backend, random_tensors
 
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import cpp_backend, quantize_validation
+from featherweight.ops.kernels import quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
-from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
+from featherweight.ops.kernels.validation import WrongResult
 
 CPU = torch.device("cpu")
 ZIG = cpp_backend.zig()

@@ -1,11 +1,11 @@
 """Under torch.autocast packed layers give what dense layers give: products in autocast's dtype."""
 import pytest
 import torch
+from pack_api import packed_operations
 from patched_layers import LAYERS, PATCHES, input_for, layer_and_twin
 from patched_models import packed_anyhow
 
 from featherweight.ops.layers import workspace
-from featherweight.ops.layers.comfyui_operations import packed_operations
 
 
 def under_autocast(layer, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

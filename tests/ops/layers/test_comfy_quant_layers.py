@@ -7,10 +7,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 from host_patches import patched_by_host
+from pack_api import packed_operations
 from patched_layers import PATCHES, patches_for, plain_lora, with_patches
 from patched_models import relative
 
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import adopt
 
 OPERATIONS = packed_operations(mixed=True)

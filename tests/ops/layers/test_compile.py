@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._inductor.cpp_builder
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+from pack_api import load_diffusion_model, packed_operations
 from patched_models import (
     flux_file,
     flux_inputs,
@@ -27,9 +28,6 @@ from patched_models import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.layers.comfyui_operations import packed_operations
 
 HIDDEN, TOKENS, TEXT = 256, 16, 5
 

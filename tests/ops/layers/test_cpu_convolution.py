@@ -3,6 +3,7 @@ import comfy.ops
 import pytest
 import torch
 from kernel_cases import cpu_kernels, shared_cache
+from pack_api import packed_operations, product
 from patched_layers import COPIES
 from patched_models import packed_anyhow
 
@@ -10,8 +11,6 @@ from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels
 from featherweight.ops.layers import cpu_convolution as cpu_convolution
 from featherweight.ops.layers import cpu_linear as cpu_linear
-from featherweight.ops.layers import product
-from featherweight.ops.layers.comfyui_operations import packed_operations
 
 CHANNELS, ROWS = 32, 48
 NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_features.multiplies_bfloat16(),

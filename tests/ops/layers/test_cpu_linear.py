@@ -5,11 +5,11 @@ from devtools.measure.weights import random_weight
 
 import pytest
 import torch
+from pack_api import product
 
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.cpu_features import is_amd
 from featherweight.ops.layers import cpu_linear as cpu_linear
-from featherweight.ops.layers import product
 from featherweight.ops.low_rank import LowRank
 
 ROWS, COLUMNS = 96, 256

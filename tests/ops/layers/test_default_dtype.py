@@ -9,17 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import ONE_OF_EACH_BLOCK
+from pack_api import (
+    FORMATS,
+    SecondMoments,
+    check,
+    cpp_backend,
+    packed_tensor,
+    packed_tensors,
+    product,
+    random_tensors,
+)
 
 from featherweight.ops.formats import bits
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.rotation import rotation_signs
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import cpp_backend
-from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.layers import product
 from featherweight.ops.packing import pack_tensor as quantize
-from featherweight.ops.quantize.second_moments import SecondMoments
-from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[3]

@@ -2,12 +2,12 @@
 from pathlib import Path
 
 import torch
+from pack_api import is_packed
 
 from featherweight.loaders.models.load_options import LoadOptions
 from featherweight.loaders.recipe import Recipe
 from featherweight.ops.layers import EXACT, FAST
 from featherweight.ops.layers.comfyui_operations import new_layer
-from featherweight.ops.tensor.packed_layout import is_packed
 
 # name -> (a layer, the values of its weight), one of each family of layouts and of each weight that
 # is made of others, as `torch.save` of version 0.2.1 wrote them

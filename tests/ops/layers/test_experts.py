@@ -11,12 +11,10 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
 from host_patches import patched_by_host
+from pack_api import FORMATS, packed_operations, packed_tensor
 from patched_layers import with_patches
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SHAPE = EXPERTS, ROWS, COLUMNS = 5, 48, 512
 

@@ -11,10 +11,10 @@ import torch
 from host_formats import HOST_FORMATS
 from host_patches import patched_by_host
 from linear_calls import ACTIVATIONS, FUSED, HELPER, SHAPES, activate, linear_calls
+from pack_api import packed_operations
 from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for, with_patches
 
 from featherweight.ops import host_versions
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.fused_calls import UnknownArgumentError
 from featherweight.ops.layers.packed_layers import make_packed
 

@@ -5,18 +5,22 @@ from devtools.measure.weights import snr
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from pack_api import (
+    FORMATS,
+    packed_operations,
+    packed_tensor,
+    packed_tensors,
+    product,
+    random_tensors,
+)
 from patched_layers import with_patches
 from user_kernels import forget_decisions
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels import int8_codes
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8, product, workspace
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.layers import int8, workspace
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, ROWS = 80, 1024, 48

@@ -9,13 +9,13 @@ from devtools.measure.weights import random_weight
 import pytest
 import torch
 from lora_gain import assert_full_strength
+from pack_api import FORMATS, packed_tensors, product
 from torch_kernels import unchecked_kernels
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.layers import joint_product, product, workspace
+from featherweight.ops.layers import joint_product, workspace
 from featherweight.ops.low_rank import LowRank
-from featherweight.ops.tensor.packed_layout import pack_16bit, packed_tensors
+from featherweight.ops.tensor.packed_layout import pack_16bit
 from featherweight.ops.tensor.packed_tensor import relabel
 
 pytestmark = pytest.mark.fake_gpus(devices=1)

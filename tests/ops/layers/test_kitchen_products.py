@@ -9,24 +9,25 @@ from comfy_kitchen.constraints import FunctionConstraints
 from comfy_kitchen.registry import BackendRegistry, registry
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from lora_gain import Gain
-
-from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import int8_codes
-from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8_epilogue, kitchen_products, product
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.layers.rounded_sum import add_small
-from featherweight.ops.low_rank import LowRank
-from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.tensor.packed_layout import (
+from pack_api import (
+    FORMATS,
     join_packed,
+    pack_tensor,
+    packed_operations,
     packed_tensor,
     packed_tensors,
+    product,
+    random_tensors,
     relabel,
     with_low_rank,
 )
+
+from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
+from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.kernels import int8_codes
+from featherweight.ops.layers import int8_epilogue, kitchen_products
+from featherweight.ops.layers.rounded_sum import add_small
+from featherweight.ops.low_rank import LowRank
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)

@@ -4,16 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from pack_api import FORMATS, packed_operations, packed_tensor
 from patched_layers import plain_lora
 from python_calls import python_calls
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.cuda_backend import BACKEND
 from featherweight.ops.layers import joint_product
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patches.layer_patches import build_patches
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 pytestmark = pytest.mark.fake_gpus(devices=1)
 GPU = torch.device("cuda", 0)

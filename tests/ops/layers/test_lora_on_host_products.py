@@ -10,13 +10,11 @@ from host_formats import HOST_VARIANTS, by_kitchen, in_host_format
 from host_patches import patched_by_host
 from kernel_cases import cpu_kernels
 from lora_gain import Gain
+from pack_api import FORMATS, packed_operations, packed_tensor
 from patched_layers import plain_lora, with_patches
 
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.rounded_sum import add_small
 from featherweight.ops.stochastic_rounding import stochastic_round
-from featherweight.ops.tensor.packed_layout import packed_tensor
 
 NORMS = (0.0005, 0.003, 0.05)  # of the change, divided by that of the weight
 ALLOWED = 0.01

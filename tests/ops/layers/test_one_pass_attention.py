@@ -6,10 +6,10 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from kernel_cases import cpu_kernels, shared_cache
+from pack_api import cpp_backend
 
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels
-from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.layers import cpu_attention as cpu_attention
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16],

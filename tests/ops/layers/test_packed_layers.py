@@ -8,14 +8,13 @@ import weakref
 import pytest
 import torch
 from comfy.ops import manual_cast
+from pack_api import FORMATS, is_packed, packed_operations, product
 from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
 from patched_models import packed_anyhow, relative
 
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.layers import product, workspace
-from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers import workspace
 from featherweight.ops.layers.load_hooks import dequantize_plain_parameters
-from featherweight.ops.tensor.packed_layout import is_packed, reshape_to
+from featherweight.ops.tensor.packed_layout import reshape_to
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = ("Q8_0", "Q4_K", "IQ2_XS")

@@ -1,6 +1,7 @@
 """What holds for every type that weights are packed to, by torch and by the kernels of a CPU."""
 import pytest
 import torch
+from pack_api import FormatError, packed_tensors
 from packing_cases import (
     EACH,
     GRIDS,
@@ -15,9 +16,7 @@ from packing_cases import (
     weight_of,
 )
 
-from featherweight.ops.formats.base import FormatError
 from featherweight.ops.packing.method_choice import output_errors
-from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by")
 

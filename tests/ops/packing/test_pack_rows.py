@@ -10,18 +10,16 @@ import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from kernel_cases import Largest
+from pack_api import ROW_TYPES, SecondMoments, pack_types, packed_tensors
 from packing_cases import inputs, weight_of
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import TooLargeError
-from featherweight.ops.packing import pack_rows, pack_types
-from featherweight.ops.packing.pack_types import ROW_TYPES
+from featherweight.ops.packing import pack_rows
 from featherweight.ops.quantize import damped_hessian, row_source
 from featherweight.ops.quantize.row_encoder import RowEncoder
 from featherweight.ops.quantize.row_source import RowSource
-from featherweight.ops.quantize.second_moments import SecondMoments
-from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by")
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)

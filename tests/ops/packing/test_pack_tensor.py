@@ -6,14 +6,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from kernel_cases import one_of_each_search
+from pack_api import FORMATS, FormatError, pack_tensor, packed_tensors
 from packing_cases import GRIDS
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops.formats.base import FORMATS, FormatError
 from featherweight.ops.packing import pack_tensor as quantize
-from featherweight.ops.packing.pack_tensor import can_pack, pack_tensor
+from featherweight.ops.packing.pack_tensor import can_pack
 from featherweight.ops.quantize.grid_search import Search
-from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

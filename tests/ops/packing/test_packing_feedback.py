@@ -2,6 +2,7 @@
 import pytest
 import torch
 from kernel_cases import Largest
+from pack_api import FORMATS, FormatError, SecondMoments, pack_tensor
 from packing_cases import (
     FEEDBACK_SAMPLE,
     GRIDS,
@@ -13,12 +14,9 @@ from packing_cases import (
 )
 
 from featherweight.ops import kernels
-from featherweight.ops.formats.base import FORMATS, FormatError
 from featherweight.ops.packing.error_feedback import pack_with_feedback
 from featherweight.ops.packing.method_choice import output_errors, pick_lower_error
-from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.quantize import column_order, damped_hessian
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 Q4_K = FORMATS["Q4_K"]
 SAMPLE = [name for name in FEEDBACK_SAMPLE if name in GRIDS]

@@ -6,14 +6,13 @@ import functools
 import pytest
 import torch
 from kernel_cases import one_of_each_search
+from pack_api import FORMATS, FormatError, SecondMoments, pack_tensor, packed_tensor, packed_tensors
 from packing_cases import GRIDS
 
-from featherweight.ops.formats.base import FORMATS, FormatError, powers_of_two
+from featherweight.ops.formats.base import powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.packing.method_choice import output_errors
-from featherweight.ops.packing.pack_tensor import _has_reference, pack_tensor
-from featherweight.ops.quantize.second_moments import SecondMoments
-from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.packing.pack_tensor import _has_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by")
 

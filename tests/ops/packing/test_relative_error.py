@@ -3,9 +3,10 @@ import random
 
 import pytest
 import torch
+from pack_api import ROW_TYPES
 
 from featherweight.ops.formats.base import TooLargeError
-from featherweight.ops.packing.pack_types import ROW_TYPES, TYPES
+from featherweight.ops.packing.pack_types import TYPES
 from featherweight.ops.packing.relative_error import RelativeError, float_values, holds
 
 ROWS, COLUMNS = 32, 512

@@ -13,12 +13,12 @@ import pytest
 import torch
 from gpu_memory import BOTH, empty_gpus, largest_layer
 from lora_models import pairs
+from pack_api import load_diffusion_model
 from patched_models import patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5, t5_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.placement import place, place_clip
 from featherweight.ops.layers import workspace
 from featherweight.ops.patcher.residency import PAGE

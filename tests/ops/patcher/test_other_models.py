@@ -11,6 +11,7 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, inputs, random_weights
+from pack_api import packed_operations
 from patched_models import (
     LIMIT,
     adapter,
@@ -24,7 +25,6 @@ from patched_models import (
 )
 from small_encoders import patched_clip
 
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import PackedPatcher, adopt
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -12,6 +12,7 @@ import comfy.utils
 import pytest
 import safetensors.torch
 import torch
+from pack_api import QuantizedTensor, source_of_model
 from patched_models import (
     broken,
     flux_file,
@@ -24,9 +25,7 @@ from patched_models import (
 )
 from patcher_models import with_dense_parts
 
-from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

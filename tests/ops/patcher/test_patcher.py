@@ -9,6 +9,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from pack_api import QuantizedTensor
 from patched_models import (
     FORMAT_NAMES,
     Ledger,
@@ -26,7 +27,6 @@ from patched_models import (
 from patcher_models import ON_A_CPU, each_format, everywhere, load
 
 from featherweight.ops.patcher import PackedPatcher, applied_patches
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 # Two devices to the host, though tensors on both say "cpu": loading in part without a GPU.
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")

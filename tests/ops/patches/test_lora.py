@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from gpu_memory import BOTH
+from pack_api import packed_operations, product
 from patched_layers import value_of, with_patches
 from patched_models import (
     FORMAT_NAMES,
@@ -30,8 +31,7 @@ from patched_models import (
     run,
 )
 
-from featherweight.ops.layers import product, workspace
-from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers import workspace
 from featherweight.ops.patches.adapters import shape_mismatch
 from featherweight.ops.patches.layer_patches import LayerPatches, build_patches
 

@@ -13,6 +13,15 @@ from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
 from host_formats import TABLE_FORMATS, in_host_format
 from host_patches import patched_by_host
 from lora_gain import NORMS, OUTPUTS, Gain, assert_full_strength
+from pack_api import (
+    FORMATS,
+    QuantizedTensor,
+    open_weights,
+    packed_operations,
+    packed_tensor,
+    random_tensors,
+    relabel,
+)
 from patched_layers import RANK, plain_lora, value_of, with_patches
 from patched_models import (
     adapter,
@@ -26,15 +35,11 @@ from patched_models import (
 )
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8
-from featherweight.ops.layers.comfyui_operations import operations_for, packed_operations
+from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.patcher import adopt
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, relabel
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

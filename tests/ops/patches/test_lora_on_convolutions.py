@@ -3,6 +3,7 @@ no batch."""
 import comfy.lora
 import pytest
 import torch
+from pack_api import is_packed, product
 from patched_layers import (
     CONVOLUTIONS,
     KERNELS,
@@ -14,9 +15,7 @@ from patched_layers import (
 )
 from patched_models import KINDS, relative
 
-from featherweight.ops.layers import product
 from featherweight.ops.layers.workspace import shared_workspace
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = [pytest.mark.usefixtures("fixed_seed", "no_gradients")]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

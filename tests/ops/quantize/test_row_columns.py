@@ -1,11 +1,10 @@
 """Error feedback in rows whose groups have scales."""
 import pytest
 import torch
+from pack_api import ROW_TYPES, SecondMoments
 
 from featherweight.ops import kernels
-from featherweight.ops.packing.pack_types import ROW_TYPES
 from featherweight.ops.quantize import row_columns
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 IN_GROUPS = [name for name, row_type in ROW_TYPES.items()
              if row_type.family.example.codes.bits == 4

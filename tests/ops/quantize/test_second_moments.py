@@ -2,8 +2,9 @@
 them."""
 import pytest
 import torch
+from pack_api import SecondMoments
 
-from featherweight.ops.quantize.second_moments import FILE_ROWS, SKETCH_ROWS, SecondMoments
+from featherweight.ops.quantize.second_moments import FILE_ROWS, SKETCH_ROWS
 
 WHOLE = 10**6
 pytestmark = pytest.mark.usefixtures("small_models")

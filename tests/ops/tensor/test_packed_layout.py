@@ -6,11 +6,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from pack_api import FORMATS, FormatError, is_packed, packed_tensor, relabel
 
 from devtools.files.gguf_files import pack
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, relabel
 
 SHAPE = (6, 512)
 

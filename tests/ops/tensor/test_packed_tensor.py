@@ -15,6 +15,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
+from pack_api import FORMATS, is_packed, packed_operations, packed_tensor, packed_tensors
 from patched_layers import COPIES
 from patched_models import (
     dense_flux,
@@ -30,10 +31,7 @@ from patched_models import (
 from safetensors.torch import load_file
 from tensor_attempts import ATTEMPTS
 
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.packed_layers import PACKED_LAYERS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -2,10 +2,9 @@
 import numpy as np
 import pytest
 import torch
+from pack_api import FORMATS, is_packed, packed_tensor
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
 from featherweight.ops.tensor.row_slicing import dense, interleave_rows, join_rows, take_rows
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

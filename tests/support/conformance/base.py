@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from pack_api import is_packed, open_weights
 from quantizer_writers import save_config
 from safetensors.torch import save_file
-
-from featherweight.loaders.files.open_weights import open_weights
-from featherweight.ops.tensor.packed_layout import is_packed
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.gpt_oss import LensGptOssClipModel
 from families import relative_error
+from pack_api import load_text_encoder
 
 from devtools.files.gguf_files import K_QUANTS, dequantize, pack, quantize, random_rows, write_gguf
-from featherweight.loaders.models.text_encoder import load_text_encoder
 
 # What comes in an mmproj file.
 TOWERS = ("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector.", "visual.")

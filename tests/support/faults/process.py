@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import comfyui_and_pack  # noqa: F401  the host and the pack
 
 import torch
+from pack_api import is_packed, load_diffusion_model, packed_tensors, source_of_file
 from safetensors.torch import save_file
 from saving import save
 
@@ -27,11 +28,8 @@ from faults import ERRORS
 from featherweight.loaders.container import network_drives
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
-from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
 NUMBERS = itertools.count()
