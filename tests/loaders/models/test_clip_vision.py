@@ -1,5 +1,4 @@
 """CLIP vision models with packed weights see what the host's dense ones of the same values do."""
-
 import copy
 
 import comfy.clip_vision
