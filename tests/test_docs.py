@@ -16,6 +16,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
+from legacy_ids import LEGACY
 from pack_api import GGML_FORMATS, ROW_TYPES, host_multiplies
 from pack_nodes import current_nodes
 from PIL import Image
@@ -433,6 +434,15 @@ def test_packing_names_the_types_that_loaders_and_the_saving_node_have():
     added = set(file_plan.SAVE_TYPES) - set(pack_on_load.LOAD_TYPES)
     assert saving.startswith(f"the same and {', '.join(added)}, ")
     assert set(pack_on_load.LOAD_TYPES) <= {*file_plan.SAVE_TYPES, *ROW_TYPES}
+
+
+def test_compatibility_counts_the_ids_of_other_packs():
+    table = PAGES["compatibility"].partition("## Ids of other packs")[2]
+    said = 0
+    for cell in re.findall(r"^\| (.+?) \|", table, re.M)[1:]:
+        counts = re.findall(r"\b(\d+) of", cell)
+        said += sum(map(int, counts)) if counts else 1 + re.sub(r"\(.*?\)", "", cell).count(",")
+    assert said == len(LEGACY)
 
 
 RESERVE = [f"{nbytes / GIB:.1f} GiB" for nbytes in (SYSTEM_BYTES, HOST_RESERVE_BYTES,

@@ -171,14 +171,14 @@ def split_stream(data: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         int32 (..., B * 8 / width).
     """
-    pieces = data.reshape(*data.shape[:-1], -1, width).int()
+    pieces = data.unflatten(-1, (data.shape[-1] // width, width)).int()
     if width < 4:
         fields = split_bits(_joined_bytes(pieces), width, 8)
     else:  # the first four of eight fields lie in the first four bytes, the others in the last four
         upper = _joined_bytes(pieces[..., -4:]) >> 32 - 4 * width
         words = torch.stack([_joined_bytes(pieces[..., :4]), upper], -1)
         fields = split_bits(words, width, 4)
-    return fields.view(*data.shape[:-1], -1)
+    return fields.flatten(data.ndim - 1)
 
 
 def _joined_bytes(pieces: torch.Tensor) -> torch.Tensor:

@@ -193,7 +193,7 @@ LEVEL_SHRINKS = (1, *(share / 100 for share in range(60, 100, 5)),
 # One scale for a row: of normally distributed values the best one holds two thirds of the largest.
 FOUR_BIT_ROW_SHRINKS = (1, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62, 0.58, 0.54)
 
-# In the order of the menus: those of GGUF, the finest first, NF4, and ComfyUI's own.
+# In the order of the menus: those of GGUF, the largest first, NF4, and ComfyUI's own.
 TYPES = {pack_type.name: pack_type for pack_type in (
     PackType("Q8_0", 45.4),
     PackType("Q6_K", 35.4, "Q8_0"),

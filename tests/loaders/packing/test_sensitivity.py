@@ -48,7 +48,7 @@ from featherweight.loaders.packing.calibration.sensitivity import (
 )
 from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
 from featherweight.ops.packing.method_choice import output_errors
-from featherweight.ops.packing.pack_types import TYPES, PackType
+from featherweight.ops.packing.pack_types import GGUF_TYPES, TYPES, PackType
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -195,7 +195,7 @@ def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
         None if moments else pack(self, weight, importance=importance)))
     monkeypatch.setattr(measuring, "output_errors", lambda *_: [1.0])
     for thoroughness, of_each in (("fast", 0), ("normal", 1),
-                                  ("one run per layer and type", 7)):
+                                  ("one run per layer and type", len(GGUF_TYPES))):
         runs.clear()
         found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
         assert len(runs) == of_each * len(found.costs)
