@@ -32,7 +32,7 @@ from featherweight.ops.formats.base import (
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cuda_backend, validation
 from featherweight.ops.kernels.int8_codes import encode_rows
-from featherweight.ops.layers import joint_product, kitchen_products, product
+from featherweight.ops.layers import fast_by_kitchen, joint_product, product
 from featherweight.ops.low_rank import LowRank, Slice
 
 DTYPE = torch.bfloat16
@@ -186,7 +186,7 @@ def _products(rows: int, columns: int, device: torch.device, scale: int,
         found = {"dense, us": 1e6 * base}
         for name, (packed_format, copies_of) in packed.items():
             for way, (branch, joint, fast) in ways.items():
-                if (way and tokens < MANY_TOKENS) or (fast and not kitchen_products._backend(
+                if (way and tokens < MANY_TOKENS) or (fast and not fast_by_kitchen._backend(
                         "int8", device, DTYPE)):
                     continue
                 operands = (None, [], []) if branch is None else branch.operands

@@ -19,7 +19,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.cuda_backend import BACKEND
-from featherweight.ops.layers import int8_epilogue, joint_product, kitchen_products, product
+from featherweight.ops.layers import fast_by_kitchen, int8_epilogue, joint_product, product
 from featherweight.ops.layers.rounded_sum import add_branch
 from featherweight.ops.low_rank import LowRank, Slice
 
@@ -186,6 +186,6 @@ def _stand_ins(traffic: Traffic, untried: bool) -> Iterator[None]:
     with mock.patch.object(kernels, "_look_up", look_up), \
             mock.patch.object(joint_product, "is_smaller", is_smaller_on_a_gpu), \
             mock.patch.object(kernels, "_found", {}), \
-            mock.patch.object(kitchen_products, "_backend", return_value="cuda"), \
-            mock.patch.object(kitchen_products, "_functions", return_value=(quantize, multiply)):
+            mock.patch.object(fast_by_kitchen, "_backend", return_value="cuda"), \
+            mock.patch.object(fast_by_kitchen, "_functions", return_value=(quantize, multiply)):
         yield

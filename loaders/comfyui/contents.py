@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 
 from ...ops.formats.base import Format
-from ...ops.layers.kitchen_products import why_off
+from ...ops.layers.fast_by_kitchen import why_off
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
 from ..container.weight_file import WeightFile, WeightFileError
 from ..encoders import archs  # noqa: F401  registers the families

@@ -5,7 +5,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ...ops.layers import AUTOMATIC, FAST, kitchen_products
+from ...ops.layers import AUTOMATIC, FAST, fast_by_kitchen
 from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.log import log
@@ -31,8 +31,8 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
         choose_kitchen_products(patcher)
     keep_packed(patcher)
     if compute == FAST:
-        why = kitchen_products.why_not_fast(patcher.load_device,
-                                            patcher.model.get_dtype_inference())
+        why = fast_by_kitchen.why_not_fast(patcher.load_device,
+                                           patcher.model.get_dtype_inference())
         if why:
             log.warning("compute is fast, and the model computes as with exact: %s.", why)
 
@@ -41,7 +41,7 @@ def choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
     """Has comfy_kitchen multiply the weights whose makers meant it so, where it has the kernels."""
     dtype = patcher.model.get_dtype_inference()
     for layer in patcher.model.modules():
-        if isinstance(layer, PackedLinear) and is_packed(layer.weight) and kitchen_products.runs(
+        if isinstance(layer, PackedLinear) and is_packed(layer.weight) and fast_by_kitchen.runs(
                 layer.weight.params.format, patcher.load_device, dtype):
             layer.compute = FAST
 

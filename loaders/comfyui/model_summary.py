@@ -8,7 +8,7 @@ import torch
 from ...ops import kernels
 from ...ops.formats.base import FORMATS, Format
 from ...ops.kernels.kernel import dtype_name
-from ...ops.layers import kitchen_products
+from ...ops.layers import fast_by_kitchen
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.log import log
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
@@ -121,16 +121,16 @@ def arithmetic_text(patcher) -> str | None:
 
 
 def _product_of(layer: Any, device: torch.device,
-                dtype: torch.dtype) -> kitchen_products.Used | None:
+                dtype: torch.dtype) -> fast_by_kitchen.Used | None:
     """Returns what multiplies with the quantized weight of a linear layer; None for others."""
     weight = getattr(layer, "weight", None)
     if isinstance(layer, PackedLinear) and is_packed(weight):
-        return kitchen_products.used(weight.params.format, device, dtype, layer.compute)
+        return fast_by_kitchen.used(weight.params.format, device, dtype, layer.compute)
     if not is_comfy_quantized(weight) or not hasattr(layer, "_full_precision_mm"):
         return None
     name = str(layer.quant_format)
     is_fast = host_multiplies(name, device) and not layer._full_precision_mm
-    return kitchen_products.Used(name if is_fast else "", kitchen_products.COMFYUI_KERNELS)
+    return fast_by_kitchen.Used(name if is_fast else "", fast_by_kitchen.COMFYUI_KERNELS)
 
 
 def title_of(name: str) -> str:

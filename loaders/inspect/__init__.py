@@ -9,7 +9,7 @@ import comfy.model_patcher
 from ..comfyui.contents import Contents, file_contents, model_contents, package_parts
 from ..container.weight_file import WeightFileError
 from .difference import relative_errors
-from .inspection import Inspection, identify
+from .identify import Inspection, identify
 
 __all__ = ["Contents", "Inspection", "inspect"]
 

@@ -20,7 +20,7 @@ from ..lora.block_chart import (
     Color,
     font,
 )
-from .inspection import Inspection
+from .identify import Inspection
 from .inspection_text import block_errors, cards_notes, cards_title, error_text
 
 LABELS, VALUES = 230, 150

@@ -3,7 +3,7 @@ import collections
 
 from ..byte_sizes import size_text, type_lines
 from ..packing.layer_losses import LOSS_IN_LAYERS, WEIGHTS, loss_text, percent, total
-from .inspection import ENCODER, Inspection, weight_block
+from .identify import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors
 NAMES = ("file says", "ComfyUI's name")  # properties that a node has no room for

@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 
-from ...ops.layers import kitchen_products
+from ...ops.layers import fast_by_kitchen
 from ...ops.packing.pack_types import TYPES
 from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import GB, size_text
@@ -137,7 +137,7 @@ def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
     """
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     if (compute != FAST or not host_multiplies(FAST_FORMAT, device)
-            or kitchen_products.why_not_fast(device, dtype)):
+            or fast_by_kitchen.why_not_fast(device, dtype)):
         return None
     weights = [weight for weight in patcher.model.diffusion_model.parameters()
                if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]

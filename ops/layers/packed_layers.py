@@ -60,7 +60,7 @@ class PackedLayer(_HostLayer):
 
     Attributes:
         compute: FAST for linear layers that multiply integers where they can, by
-            `kitchen_products` or `int8`. All others are exact.
+            `fast_by_kitchen` or `fast_on_cpu`. All others are exact.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         is_table: whether ComfyUI may read the weight past the layer, with no product.

@@ -5,8 +5,8 @@ reference that the kernels are compared with. They are registered with torch, so
 `torch.compile(fullgraph=True)` compiles packed layers.
 
 `linear` multiplies by the values that the weight's format defines. `fast` is less exact: by
-comfy_kitchen's kernels (`kitchen_products`) or a CPU's int8 units (`int8`) where these take format,
-device and number of tokens, and exactly elsewhere.
+comfy_kitchen's kernels (`fast_by_kitchen`) or a CPU's int8 units (`fast_on_cpu`) where these take
+format, device and number of tokens, and exactly elsewhere.
 """
 from collections.abc import Callable, Generator
 from typing import Any
@@ -30,7 +30,7 @@ from ..tensor.packed_layout import (
 )
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import rows_are_whole_blocks
-from . import cpu_linear, int8, joint_product, kitchen_products, workspace
+from . import cpu_linear, fast_by_kitchen, fast_on_cpu, joint_product, workspace
 
 # On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
 # takes up to half as long again where its rows are no multiple of what it handles together.
@@ -48,7 +48,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     low_rank = None if down is None else LowRank.from_operands(down, ups, slices)
     packed_format, out = FORMATS[format], None
     if fast:
-        out = kitchen_products.multiply(flat, packed_format, packed, rows, bias, low_rank)
+        out = fast_by_kitchen.multiply(flat, packed_format, packed, rows, bias, low_rank)
     if out is None:
         if isinstance(packed_format, Composite):
             packed_format, packed, own = packed_format.without_low_rank(packed)
@@ -56,7 +56,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
                 low_rank = own.to(flat).and_also(low_rank, rows)
         operands = flat, packed_format, packed, rows, bias, low_rank
         if fast:
-            out = int8.multiply(*operands)
+            out = fast_on_cpu.multiply(*operands)
         # The low-rank branch is part of the large product's sum, which is rounded once: added after
         # the rounding, a weak LoRA would be lost. Adding the bias rounds too, so it comes last.
         if out is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from devtools import ROOT, limited_cpu
-from featherweight.ops.layers import int8
+from featherweight.ops.layers import fast_on_cpu
 
 # Named here, so that a case that gets lost is missed. "compilers" compiles for half a minute.
 HEAVY = ["compilers"]
@@ -44,7 +44,7 @@ def results(request, tmp_path_factory):
 def test_a_case_gives_figures_and_a_table(results, case):
     if case == "compilers":
         pytest.importorskip("ziglang")
-    if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
+    if case == "int8_error" and not fast_on_cpu.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
     # these have one figure without OpenVINO, or without kernels

@@ -15,7 +15,7 @@ from featherweight.loaders.comfyui.compute import COMPUTE_CHOICES, FOLLOW_COMPUT
 from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.models import fit_device
 from featherweight.loaders.models.fit_device import faster_type_text
-from featherweight.ops.layers import kitchen_products
+from featherweight.ops.layers import fast_by_kitchen
 from featherweight.ops.layers.packed_layers import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -91,25 +91,25 @@ def test_the_node_loads_as_its_inputs_say(given, arithmetic, host_formats, fp8_f
 def test_automatic_leaves_svdquant_to_comfy_kitchen_where_it_has_the_kernels(
         compute, has_kernels, by_kitchen, tmp_path, monkeypatch):
     if has_kernels:
-        monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
+        monkeypatch.setattr(fast_by_kitchen, "BACKENDS", ("eager",))
     nunchaku_writer.write(tmp_path / "model.safetensors", quantized("flux-dev", "int4"))
     patcher = load("flux-dev", tmp_path / "model.safetensors", compute=compute)
     layers = [layer for layer in patcher.model.modules() if isinstance(layer, PackedLinear)
               and is_packed(layer.weight)]
     chosen = {layer.compute == FAST for layer in layers
-              if kitchen_products.product_of(layer.weight.params.format)}
+              if fast_by_kitchen.product_of(layer.weight.params.format)}
     assert chosen == {by_kitchen}
     assert not any(layer.compute == FAST for layer in layers
-                   if not kitchen_products.product_of(layer.weight.params.format))
+                   if not fast_by_kitchen.product_of(layer.weight.params.format))
 
 
 def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
     model = packed_flux("Q8_0")
     assert faster_type_text(model, "fast") is None  # a CPU has no kernel of ComfyUI's
     monkeypatch.setattr(fit_device, "host_multiplies", lambda name, device: True)
-    monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "kernels are off")
+    monkeypatch.setattr(fast_by_kitchen, "why_not_fast", lambda device, dtype: "kernels are off")
     assert faster_type_text(model, "fast") is None  # it would be ComfyUI's kernels too
-    monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "")
+    monkeypatch.setattr(fast_by_kitchen, "why_not_fast", lambda device, dtype: "")
     assert faster_type_text(model, "exact") is None
     assert re.match(r"With int8_convrot at `pack to` \([\d.]+ MB\) ComfyUI's kernels compute it",
                     faster_type_text(model, "fast"))

@@ -13,18 +13,18 @@ from patched_models import run as run_with
 
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
-from featherweight.ops.layers import int8
+from featherweight.ops.layers import fast_on_cpu
 
 NODES = [LoadDiffusionModel, LoadCheckpoint]
 
 pytestmark = pytest.mark.usefixtures("small_models")
-needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(torch.device("cpu")),
+needs_vnni = pytest.mark.skipif(not fast_on_cpu.multiplies_integers(torch.device("cpu")),
                                 reason="the CPU has no units for int8")
 
 
 @pytest.fixture(autouse=True)
 def few_tokens_are_enough(monkeypatch):
-    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", int8.MIN_TOKENS)
+    monkeypatch.setattr(fast_on_cpu, "MIN_TOKENS_WITHOUT_KERNEL", fast_on_cpu.MIN_TOKENS)
 
 
 @pytest.fixture(params=["Q8_0", "Q4_K"])
@@ -89,7 +89,7 @@ def test_copies_and_models_built_again_compute_alike(name, node):
 @pytest.mark.parametrize("node", NODES)
 def test_a_device_without_int8_units_is_named_once_and_computes_exactly(
         name, node, monkeypatch, caplog):
-    monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
+    monkeypatch.setattr(fast_on_cpu, "multiplies_integers", lambda device: False)
     patcher = node.execute(name, compute="int8")[0]
     lines = [record.message for record in caplog.records if "compute is fast" in record.message]
     assert len(lines) == 1 and "as with exact: cpu has no int8 units" in lines[0]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from devtools import demo, llms_text
 from devtools.files import demo_files
 from devtools.host.server import PACK
-from featherweight.ops.layers import int8
+from featherweight.ops.layers import fast_on_cpu
 
 
 def test_every_pack_imports(server):
@@ -104,7 +104,7 @@ def test_demo_workflow_makes_a_picture(server):
 
 @pytest.mark.not_on_fake_gpus(reason="they have no units for int8")
 @pytest.mark.skipif(
-    not int8.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8"
+    not fast_on_cpu.multiplies_integers(torch.device("cpu")), reason="the CPU has no units for int8"
 )
 def test_compute_int8_changes_the_picture_a_little(server):
     run, prompt = demo.run_workflow(server)

@@ -53,7 +53,7 @@ from sdnq_writer import H4, write_folder
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.identify import identify
 from featherweight.ops.formats.comfy_quant import ROTATION
 
 PREFIX = "model.diffusion_model."

@@ -29,7 +29,7 @@ from pack_api import load_checkpoint, load_diffusion_model, load_text_encoder
 
 from featherweight.loaders.comfyui.compute import FOLLOW_COMPUTE
 from featherweight.loaders.comfyui.load_check import patcher_of
-from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, MODEL
+from featherweight.loaders.inspect.identify import CHECKPOINT, ENCODER, MODEL
 from featherweight.loaders.models.vae import load_vae
 
 Weights = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ import torch
 from devtools.files.gguf_files import write_gguf
 from devtools.files.tiny_models import flux
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.layers import int8, product
+from featherweight.ops.layers import fast_on_cpu, product
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 
 TYPES = ("Q8_0", "Q5_0", "Q4_0")
@@ -42,13 +42,13 @@ def bench_int8_error(options):
     384 that is 50 times as large; beside it the exact product against that of the weight before it
     was packed, for formats that can be packed here. Of a step of a small Flux: exact and int8
     against the unquantised model."""
-    if not int8.multiplies_integers(device()):
+    if not fast_on_cpu.multiplies_integers(device()):
         print("  the device has no units for int8")
         return
     columns = min(options.sizes.weight[1], 3072)
     generator = torch.Generator().manual_seed(0)
     original = torch.randn((columns, columns), generator=generator)
-    input = torch.randn((int8.MIN_TOKENS_WITHOUT_KERNEL, columns),
+    input = torch.randn((fast_on_cpu.MIN_TOKENS_WITHOUT_KERNEL, columns),
                         generator=generator).to(device())
     outliers = input * torch.where(torch.arange(columns, device=device()) % 384 == 7, 50.0, 1.0)
     for name in options.formats:

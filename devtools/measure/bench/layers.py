@@ -32,7 +32,7 @@ from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers import cpu_attention as attention
-from featherweight.ops.layers import int8, joint_product, kitchen_products, product
+from featherweight.ops.layers import fast_by_kitchen, fast_on_cpu, joint_product, product
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 
@@ -127,9 +127,9 @@ def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
 
 def _in_int8(tokens: int, dtype: torch.dtype) -> bool:
     """Whether this many rows of input are multiplied in whole numbers, if there is a kernel."""
-    least = (int8.MIN_TOKENS if device().type == "cpu"
-             else kitchen_products.PRODUCTS[kitchen_products.INT8].least)
-    return tokens >= least and not kitchen_products.why_not_fast(device(), dtype)
+    least = (fast_on_cpu.MIN_TOKENS if device().type == "cpu"
+             else fast_by_kitchen.PRODUCTS[fast_by_kitchen.INT8].least)
+    return tokens >= least and not fast_by_kitchen.why_not_fast(device(), dtype)
 
 
 def bench_compilers(options):

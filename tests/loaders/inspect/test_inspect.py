@@ -22,7 +22,7 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.contents import Contents
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.inspect.inspection import (
+from featherweight.loaders.inspect.identify import (
     CHECKPOINT,
     ENCODER,
     LORA,

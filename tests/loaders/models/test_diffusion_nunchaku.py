@@ -14,7 +14,7 @@ from pack_api import load_diffusion_model, memory_summary, product, relabel
 from patched_models import LIMIT, adapter, error_by_effect, lora_for, patched
 
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.identify import identify
 from featherweight.ops.low_rank import LowRank
 
 pytestmark = pytest.mark.usefixtures("small_models")

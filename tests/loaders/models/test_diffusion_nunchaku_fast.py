@@ -20,9 +20,9 @@ from patched_models import lora_for, patched
 
 from featherweight.loaders.comfyui.contents import file_contents, model_contents
 from featherweight.loaders.comfyui.model_summary import arithmetic_text
-from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.identify import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.ops.layers import int8, kitchen_products
+from featherweight.ops.layers import fast_by_kitchen, fast_on_cpu
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -34,8 +34,8 @@ LIMIT = 0.01
 @pytest.fixture(params=writer.WRITERS)
 def name(request, monkeypatch):
     """A family of small models, in 4 bits from the first token on."""
-    monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
-    products = kitchen_products.PRODUCTS
+    monkeypatch.setattr(fast_by_kitchen, "BACKENDS", ("eager",))
+    products = fast_by_kitchen.PRODUCTS
     for key in ("svdquant", "nvfp4"):
         monkeypatch.setitem(products, key, dataclasses.replace(products[key], least=1))
     return request.param
@@ -147,11 +147,11 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     the_rest = f"the rest {exactly.removeprefix('computes ')}"
     for has_units, text in ((True, f"int8 by this pack (fast), {the_rest}"),
                             (False, f"{exactly}, since cpu has no int8 units that this pack uses")):
-        monkeypatch.setattr(int8, "multiplies_integers", lambda device, has=has_units: has)
+        monkeypatch.setattr(fast_on_cpu, "multiplies_integers", lambda device, has=has_units: has)
         assert arithmetic_text(fast) == text
     assert not identify(file_contents(path)).kernels
     own, gpu = BackendRegistry(), torch.device("cuda:0")
-    monkeypatch.setattr(kitchen_products, "registry", own)
+    monkeypatch.setattr(fast_by_kitchen, "registry", own)
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: gpu)
     for patcher in (exact, fast):
         patcher.load_device = gpu
@@ -164,7 +164,7 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     assert arithmetic_text(fast) == f"{exactly}, {reason.removeprefix('exact, ')}"
     assert identify(file_contents(path)).kernels == reason
     assert f"kernels: {reason}" in inspection_text(identify(file_contents(path)))
-    functions = {function for one in kitchen_products.PRODUCTS.values()
+    functions = {function for one in fast_by_kitchen.PRODUCTS.values()
                  for function in one.functions}
     module = types.SimpleNamespace(quantize_nvfp4=registry.get_implementation(
         "quantize_nvfp4", backend="eager"))

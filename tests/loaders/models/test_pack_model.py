@@ -48,7 +48,7 @@ from featherweight.loaders.models.pack_model import pack_model
 from featherweight.loaders.models.placement import place
 from featherweight.loaders.packing.planning import for_device
 from featherweight.loaders.packing.planning.for_device import Memory
-from featherweight.ops.layers import kitchen_products
+from featherweight.ops.layers import fast_by_kitchen
 from featherweight.ops.tensor.packed_layout import plain_dtype_of
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -448,7 +448,7 @@ def test_what_fits_a_device_counts_it_too(is_multiplied, path, monkeypatch):
 @pytest.mark.parametrize(("compute", "expected"), [
     ("exact", "exact"), ("automatic", "fast"), (None, "fast")])
 def test_who_loaded_it_exactly_computes_the_copy_exactly(compute, expected, path, monkeypatch):
-    monkeypatch.setattr(kitchen_products, "runs", lambda *arguments: True)
+    monkeypatch.setattr(fast_by_kitchen, "runs", lambda *arguments: True)
     patcher = (comfy.sd.load_diffusion_model(path) if compute is None else load_diffusion_model(
         path, compute=compute, disable_dynamic=True))
     packed = pack_model(patcher, "int8_convrot")

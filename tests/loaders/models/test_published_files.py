@@ -14,7 +14,7 @@ from published_files import ROWS, Row, model_of
 from published_models import patchers
 
 from featherweight.loaders.comfyui.contents import file_contents
-from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.identify import identify
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

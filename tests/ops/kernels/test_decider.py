@@ -32,7 +32,7 @@ from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.kernels.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.kernels.waiting import host
-from featherweight.ops.layers import int8
+from featherweight.ops.layers import fast_on_cpu
 from featherweight.ops.low_rank import LowRank, Slice
 
 CPU = torch.device("cpu")
@@ -324,9 +324,9 @@ def test_the_address_for_reports_is_the_packs_own():
 
 def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
     called = []
-    monkeypatch.setattr(int8, "multiplies_integers", lambda device: True)
+    monkeypatch.setattr(fast_on_cpu, "multiplies_integers", lambda device: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
-    weight, input = packed(rows=8, columns=256), torch.randn((int8.MIN_TOKENS, 256))
+    weight, input = packed(rows=8, columns=256), torch.randn((fast_on_cpu.MIN_TOKENS, 256))
     use()
     exact = product.linear(input, weight)
     # too few tokens to do without

@@ -8,7 +8,7 @@ from pack_api import (
     random_tensors,
 )
 
-from featherweight.ops.layers import int8  # noqa: F401
+from featherweight.ops.layers import fast_on_cpu  # noqa: F401
 from featherweight.ops.low_rank import LowRank
 
 ROWS, COLUMNS = 12, 512

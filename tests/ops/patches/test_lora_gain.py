@@ -36,7 +36,7 @@ from patched_models import (
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.layers import int8
+from featherweight.ops.layers import fast_on_cpu
 from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.patcher import adopt
@@ -347,7 +347,8 @@ def test_on_experts(norm):
 # --- other ways to the product ---
 
 
-@pytest.mark.skipif(not int8.multiplies_integers(CPU), reason="this CPU has no int8 products")
+@pytest.mark.skipif(not fast_on_cpu.multiplies_integers(CPU),
+                    reason="the CPU has no units for int8")
 @pytest.mark.parametrize("rows", [4, 4096])  # the first is exact, the second in whole numbers
 @pytest.mark.parametrize("bias", [True, False])
 def test_with_compute_int8(rows, bias):

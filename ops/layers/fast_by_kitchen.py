@@ -36,7 +36,7 @@ from ..formats.svdquant import (
 )
 from ..kernels import int8_codes
 from ..low_rank import LowRank, Slice
-from . import AUTOMATIC, FAST, int8, int8_epilogue, workspace
+from . import AUTOMATIC, FAST, fast_on_cpu, int8_epilogue, workspace
 from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
@@ -165,7 +165,7 @@ def why_not_fast(device: torch.device, dtype: torch.dtype, name: str = INT8) -> 
         dtype: of its input.
         name: a key of PRODUCTS.
     """
-    if _backend(name, device, dtype) or int8.multiplies_integers(device):
+    if _backend(name, device, dtype) or fast_on_cpu.multiplies_integers(device):
         return ""
     return (_why_off(name, device, dtype)
             or f"{device} has no int8 units that this pack uses")

@@ -25,7 +25,7 @@ from pack_api import (
 from featherweight.loaders.quantizers.comfy_quant import pack_parts, shifted_bias
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import int8_codes
-from featherweight.ops.layers import int8_epilogue, kitchen_products
+from featherweight.ops.layers import fast_by_kitchen, int8_epilogue
 from featherweight.ops.layers.rounded_sum import add_small
 from featherweight.ops.low_rank import LowRank
 
@@ -38,7 +38,7 @@ TOLERANCE = 2e-2  # of 16 bits, of the largest number of a result; comfy_kitchen
 @pytest.fixture
 def forced(monkeypatch):
     """Has comfy_kitchen's reference compute on a CPU what its kernels compute on a GPU."""
-    monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
+    monkeypatch.setattr(fast_by_kitchen, "BACKENDS", ("eager",))
 
 
 def svdquant_parts(draw, dtype):
@@ -81,7 +81,7 @@ def assert_close(out, expected):
 
 def without_comfy_kitchen(*operands) -> torch.Tensor:
     """The fast product of this pack."""
-    with mock.patch.object(kitchen_products, "BACKENDS", ()):
+    with mock.patch.object(fast_by_kitchen, "BACKENDS", ()):
         return product.linear(*operands, fast=True)
 
 
@@ -129,11 +129,11 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
         [(torch.randn(rows, 4), torch.randn(4, columns) / columns**0.5, (0, rows))], rows, dtype
     ) if has_branch else None
     exact = product.linear(input, weight, bias, low_rank)
-    monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: nbytes)
+    monkeypatch.setattr(fast_by_kitchen.workspace, "workspace_bytes", lambda device: nbytes)
     out = product.linear(input, weight, bias, low_rank, fast=True)
     error = (out - exact).float().norm() / exact.float().norm()
     assert 0.002 < error < 0.02 and encoded
-    few = input[:kitchen_products.MIN_INT8_TOKENS - 1]
+    few = input[:fast_by_kitchen.MIN_INT8_TOKENS - 1]
     assert torch.equal(product.linear(few, weight, bias, low_rank, fast=True),
                        without_comfy_kitchen(few, weight, bias, low_rank))
     if has_branch:  # LoRAs keep their full effect
@@ -144,13 +144,13 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
 
 def int8_kernel(monkeypatch) -> list:
     """Has a kernel encode weights, as one that a GPU may have. Returns the shapes of its codes."""
-    find, shapes = kitchen_products.kernels.find, []
+    find, shapes = fast_by_kitchen.kernels.find, []
 
     def encode(packed_format, tensors, codes, *rest):
         shapes.append(codes.shape)
         int8_codes.encode_rows(packed_format, tensors, codes, *rest)
 
-    monkeypatch.setattr(kitchen_products.kernels, "find", lambda capability, *rest: (
+    monkeypatch.setattr(fast_by_kitchen.kernels, "find", lambda capability, *rest: (
         encode if capability == "int8_rows" else find(capability, *rest)))
     return shapes
 
@@ -168,7 +168,7 @@ WAYS = {"before it rounds": lambda sums, change, dtype: (sums + change).to(dtype
 def test_comfy_kitchen_adds_loras_only_where_it_does_so_before_it_rounds(way, dtype, capability,
                                                                           monkeypatch):
     quantize, multiply = (registry.get_implementation(function, backend="eager")
-                          for function in kitchen_products.PRODUCTS["int8"].functions)
+                          for function in fast_by_kitchen.PRODUCTS["int8"].functions)
     given = []
 
     def int8_linear(x, weight, weight_scale, bias=None, out_dtype=None, convrot=False,
@@ -179,8 +179,8 @@ def test_comfy_kitchen_adds_loras_only_where_it_does_so_before_it_rounds(way, dt
         given.append(residual)
         return WAYS[way](sums, residual_scale.float() * residual, out_dtype)
 
-    monkeypatch.setattr(kitchen_products, "_functions", lambda *_: (quantize, int8_linear))
-    monkeypatch.setattr(kitchen_products, "_backend", lambda *_: "cuda")
+    monkeypatch.setattr(fast_by_kitchen, "_functions", lambda *_: (quantize, int8_linear))
+    monkeypatch.setattr(fast_by_kitchen, "_backend", lambda *_: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(int8_epilogue, "_verdicts", {})
@@ -267,7 +267,7 @@ def test_awq_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, forced)
 @pytest.mark.parametrize("name", ["AWQ_INT4", "AWQ_INT4_HALF", "W4A16_FLOAT"])
 def test_awq_has_the_values_of_its_weights_for_few_rows(name, forced):
     weight = random_weight(name, 64, 512)
-    input = torch.randn(kitchen_products.MAX_AWQ_TOKENS, 512).bfloat16()
+    input = torch.randn(fast_by_kitchen.MAX_AWQ_TOKENS, 512).bfloat16()
     assert_close(product.linear(input, weight, fast=True), product.linear(input, weight))
 
 
@@ -293,7 +293,7 @@ def test_a_weak_lora_has_its_strength(name, rank, monkeypatch):
     up *= 0.0005 * weight.dequantize().norm() / (up @ down).norm()
     gain = Gain()
     for _ in range(8):
-        input = torch.randn(kitchen_products.MAX_AWQ_TOKENS, columns).bfloat16()
+        input = torch.randn(fast_by_kitchen.MAX_AWQ_TOKENS, columns).bfloat16()
         outs = [product.linear(input, weight, fast=True, low_rank=LowRank.from_factors(
             [(sign * up, down, (0, rows))], rows, torch.bfloat16)).float() for sign in (1, -1)]
         gain.add(outs[0] - outs[1], input.float() @ (2 * up @ down).t())
@@ -315,13 +315,13 @@ def stand_in_nvfp4(monkeypatch):
                                                       (b, tensor_scale_b, block_scale_b)))
         return (first @ second[:len(b)].t()).to(out_dtype)
 
-    functions = {function: eager(function, backend="eager") for each in kitchen_products.PRODUCTS
+    functions = {function: eager(function, backend="eager") for each in fast_by_kitchen.PRODUCTS
                  .values() for function in each.functions} | {"scaled_mm_nvfp4": multiply}
     constraints = {function: registry.get_constraints("eager", function) or FunctionConstraints()
                    for function in functions}
     own.register("stand-in", types.SimpleNamespace(**functions), constraints)
-    monkeypatch.setattr(kitchen_products, "registry", own)
-    monkeypatch.setattr(kitchen_products, "BACKENDS", ("stand-in",))
+    monkeypatch.setattr(fast_by_kitchen, "registry", own)
+    monkeypatch.setattr(fast_by_kitchen, "BACKENDS", ("stand-in",))
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -358,7 +358,7 @@ def kitchen(monkeypatch):
 
     own, gpu = BackendRegistry(), types.SimpleNamespace(capability=(8, 6))
     own.tables = {"cuda": cuda._build_constraints(), "hip": hip._build_constraints(True)}
-    monkeypatch.setattr(kitchen_products, "registry", own)
+    monkeypatch.setattr(fast_by_kitchen, "registry", own)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu.capability)
     own.gpu = gpu
     return own
@@ -371,8 +371,8 @@ INT4, AWQ_ROWS = (FAMILIES[name].of_columns(256) for name in ("SVDQUANT_INT4", "
 @pytest.mark.parametrize("packed_format", [INT4, AWQ_ROWS], ids=str)
 def test_the_registry_says_for_which_devices_there_are_kernels(packed_format, kitchen):
     def why(dtype=torch.bfloat16, device=GPU):
-        reason = kitchen_products.why_off(packed_format, device, dtype)
-        runs = kitchen_products.runs(packed_format, device, dtype)
+        reason = fast_by_kitchen.why_off(packed_format, device, dtype)
+        runs = fast_by_kitchen.runs(packed_format, device, dtype)
         assert runs == (not reason and device.type == "cuda")
         return reason
 
@@ -396,25 +396,25 @@ def test_amds_kernels_are_asked_for_by_their_own_table(kitchen, monkeypatch):
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kitchen.register("hip", types.SimpleNamespace(), hip._build_constraints(False))  # RDNA 2
-    assert kitchen_products.why_off(INT4, GPU, torch.bfloat16).startswith(
+    assert fast_by_kitchen.why_off(INT4, GPU, torch.bfloat16).startswith(
         "comfy_kitchen's AMD kernels are off: they have no scaled_mm_svdquant_w4a4 for this GPU")
     kitchen.register("hip", types.SimpleNamespace(), kitchen.tables["hip"])
-    assert not kitchen_products.why_off(INT4, GPU, torch.bfloat16)
+    assert not fast_by_kitchen.why_off(INT4, GPU, torch.bfloat16)
     kitchen.disable("hip")
-    assert "AMD kernels are off: something" in kitchen_products.why_off(INT4, GPU, torch.bfloat16)
+    assert "AMD kernels are off: something" in fast_by_kitchen.why_off(INT4, GPU, torch.bfloat16)
 
 
 def test_int8_is_not_asked_for_where_its_maker_says_that_it_is_no_faster(kitchen, monkeypatch):
-    assert all(rate < kitchen_products.LEAST_RATE and url.startswith("https://")
-               for _, rate, url, _ in kitchen_products.SLOW_INT8)
+    assert all(rate < fast_by_kitchen.LEAST_RATE and url.startswith("https://")
+               for _, rate, url, _ in fast_by_kitchen.SLOW_INT8)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kitchen.register("hip", types.SimpleNamespace(), kitchen.tables["hip"])
     found = {}
     for index, name in enumerate(("gfx1100", "gfx1102:xnack-", "gfx1201", "gfx950", "gfx9999")):
         monkeypatch.setattr(torch.cuda, "get_device_properties",
                             lambda device, name=name: types.SimpleNamespace(gcnArchName=name))
-        found[name] = kitchen_products.why_not_fast(torch.device("cuda", 40 + index),
-                                                    torch.bfloat16)
+        found[name] = fast_by_kitchen.why_not_fast(torch.device("cuda", 40 + index),
+                                                   torch.bfloat16)
     assert found["gfx1100"].endswith(
         ": gfx1100 multiplies integers of 8 bits hardly faster than floats of 16")
     assert "gfx1102 multiplies" in found["gfx1102:xnack-"]
@@ -422,32 +422,32 @@ def test_int8_is_not_asked_for_where_its_maker_says_that_it_is_no_faster(kitchen
     # weights that are made for codes of 4 bits are multiplied as before
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: types.SimpleNamespace(gcnArchName="gfx1100"))
-    assert kitchen_products.runs(INT4, torch.device("cuda", 40), torch.bfloat16)
+    assert fast_by_kitchen.runs(INT4, torch.device("cuda", 40), torch.bfloat16)
     monkeypatch.setattr(torch.version, "hip", None)
     kitchen.register("cuda", types.SimpleNamespace(), kitchen.tables["cuda"])
     kitchen.gpu.capability = (10, 3)
-    assert "sm_103" in kitchen_products.why_not_fast(torch.device("cuda", 50), torch.bfloat16)
+    assert "sm_103" in fast_by_kitchen.why_not_fast(torch.device("cuda", 50), torch.bfloat16)
     kitchen.gpu.capability = (12, 0)
-    assert not kitchen_products.why_not_fast(torch.device("cuda", 51), torch.bfloat16)
+    assert not fast_by_kitchen.why_not_fast(torch.device("cuda", 51), torch.bfloat16)
 
 
 def test_an_older_comfy_kitchen_has_no_product_of_nvfp4(monkeypatch):
     stand_in_nvfp4(monkeypatch)
-    nvfp4, own = FAMILIES["SVDQUANT_NVFP4"].of_columns(256), kitchen_products.registry
-    assert kitchen_products.runs(nvfp4, CPU, torch.bfloat16)
+    nvfp4, own = FAMILIES["SVDQUANT_NVFP4"].of_columns(256), fast_by_kitchen.registry
+    assert fast_by_kitchen.runs(nvfp4, CPU, torch.bfloat16)
     module = own._backends["stand-in"]
     module.quantize_nvfp4 = lambda x, per_tensor_scale, epsilon=0.0, pad_16x=False: None
-    assert not kitchen_products.runs(nvfp4, CPU, torch.bfloat16)
-    assert kitchen_products.runs(INT4, CPU, torch.bfloat16)
+    assert not fast_by_kitchen.runs(nvfp4, CPU, torch.bfloat16)
+    assert fast_by_kitchen.runs(INT4, CPU, torch.bfloat16)
 
 
 def test_other_formats_have_no_such_product():
     for name in ("INT8_ROWS", "NVFP4_ROWS", "INT4_CONVROT"):
         packed_format = FAMILIES[name].of_columns(256)
-        assert kitchen_products.product_of(packed_format) is None
-        assert not kitchen_products.why_off(packed_format, GPU, torch.bfloat16)
+        assert fast_by_kitchen.product_of(packed_format) is None
+        assert not fast_by_kitchen.why_off(packed_format, GPU, torch.bfloat16)
     mixed = join_packed([random_weight(name, 16, 256) for name in ("SVDQUANT_INT4", "AWQ_INT4")], 0)
-    assert kitchen_products.product_of(mixed.params.format) is None
+    assert fast_by_kitchen.product_of(mixed.params.format) is None
 
 
 def test_a_cpu_multiplies_as_before_and_few_rows_are_exact(monkeypatch):
@@ -456,7 +456,7 @@ def test_a_cpu_multiplies_as_before_and_few_rows_are_exact(monkeypatch):
     layer = packed_operations(compute="int8").Linear(256, 64, bias=False, dtype=torch.bfloat16)
     layer.load_state_dict({"weight": weight})
     assert torch.equal(layer(many), product.linear(many, weight, fast=True))
-    monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
+    monkeypatch.setattr(fast_by_kitchen, "BACKENDS", ("eager",))
     exact = product.linear(many, weight)
     assert not torch.equal(layer(many), exact)
     assert torch.equal(layer(few), product.linear(few, weight))
@@ -487,7 +487,7 @@ def test_codes_that_are_not_aligned_are_copied(forced):
     moved = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].copy_(codes.view(-1))
     again = packed_tensor(weight.params.format, moved, weight.shape, weight.dtype, *sides)
     input = torch.randn(20, 256).bfloat16()
-    assert kitchen_products._aligned(moved).data_ptr() % kitchen_products.ALIGNMENT == 0
+    assert fast_by_kitchen._aligned(moved).data_ptr() % fast_by_kitchen.ALIGNMENT == 0
     assert torch.equal(product.linear(input, again, fast=True),
                        product.linear(input, weight, fast=True))
 
@@ -497,5 +497,5 @@ def test_comfy_kitchen_keeps_no_buffers_for_every_size_of_an_input():
 
     assert isinstance(cuda._SVDQUANT_WORKSPACE_CACHE, dict)  # or keeps none any more
     cuda._SVDQUANT_WORKSPACE_CACHE["a size"] = torch.zeros(3),
-    kitchen_products._forget_buffers(cuda.quantize_svdquant_w4a4)
+    fast_by_kitchen._forget_buffers(cuda.quantize_svdquant_w4a4)
     assert not cuda._SVDQUANT_WORKSPACE_CACHE

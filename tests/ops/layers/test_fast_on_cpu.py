@@ -20,7 +20,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels import int8_codes
-from featherweight.ops.layers import int8, workspace
+from featherweight.ops.layers import fast_on_cpu, workspace
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, ROWS = 80, 1024, 48
@@ -29,7 +29,7 @@ PACKED = {name: FORMATS[name] for name in ("Q8_0", "Q4_K")} | {
     "NF4 with blocks across rows": FORMATS["NF4"].of_block_length(4096),
     "Q4_K in another order": ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, 4, 8),
 }
-needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU),
+needs_vnni = pytest.mark.skipif(not fast_on_cpu.multiplies_integers(CPU),
                                 reason="the CPU has no units for int8")
 
 
@@ -38,8 +38,8 @@ def few_tokens_are_enough(monkeypatch):
     """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     forget_decisions(monkeypatch)
-    monkeypatch.setattr(int8, "MIN_TOKENS", TOKENS)
-    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS)
+    monkeypatch.setattr(fast_on_cpu, "MIN_TOKENS", TOKENS)
+    monkeypatch.setattr(fast_on_cpu, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -142,7 +142,7 @@ def test_rows_that_are_not_finite_have_no_scale(value):
 def test_the_product_is_that_of_the_codes(name, dtype):
     weight, bias = weight_of(name), normal(ROWS, seed=2, dtype=dtype)
     input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
-    codes, scales = int8._encode_tokens(input)
+    codes, scales = fast_on_cpu._encode_tokens(input)
     weight_codes, weight_scales = encoded_rows(weight)
     exact = codes.double() @ weight_codes.double().t()
     exact *= scales.double()[:, None] * weight_scales.double()
@@ -235,9 +235,9 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
     elif case == "tokens":
         tokens -= 1
     elif case == "tokens without a kernel":
-        monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS + 1)
+        monkeypatch.setattr(fast_on_cpu, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS + 1)
     elif case == "device":
-        monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
+        monkeypatch.setattr(fast_on_cpu, "multiplies_integers", lambda device: False)
     weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)
     input = normal(tokens, columns).requires_grad_(case == "gradient")
     exact, layer = (layer_of(weight, compute, bias)
@@ -268,11 +268,11 @@ def test_a_device_whose_sums_leave_int16_does_not_multiply_integers(monkeypatch)
     def saturating(a, b):
         return multiply(a, b).clamp(-(1 << 15), (1 << 15) - 1)
 
-    int8.multiplies_integers.cache_clear()
+    fast_on_cpu.multiplies_integers.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert not int8.multiplies_integers(CPU)
+    assert not fast_on_cpu.multiplies_integers(CPU)
     monkeypatch.undo()
-    int8.multiplies_integers.cache_clear()
+    fast_on_cpu.multiplies_integers.cache_clear()
 
 
 @needs_vnni
