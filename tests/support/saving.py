@@ -4,6 +4,7 @@ from pack_api import is_packed, open_weights, plan_file
 
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import SaveOptions
+from featherweight.loaders.packing.save_report import Saved
 from featherweight.loaders.packing.source import Weight
 
 # Encoders that differ from another one here only in their sizes.
@@ -15,7 +16,7 @@ SIBLINGS = (
 )
 
 
-def save(source, path, wanted, track=None, **options) -> packing.Saved:
+def save(source, path, wanted, track=None, **options) -> Saved:
     """Plan a file and write it. options: of `SaveOptions`."""
     plan = plan_file(source, path, wanted, SaveOptions(**options))
     return packing.save(plan, **({} if track is None else {"track": track}))

@@ -50,7 +50,7 @@ from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import SAVE_TYPES
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
-from featherweight.loaders.packing.save import Saved
+from featherweight.loaders.packing.save_report import Saved
 from featherweight.loaders.packing.source import Source, check_saveable, unsaved_parts
 
 pytestmark = pytest.mark.usefixtures("small_models")
