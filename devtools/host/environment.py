@@ -2,6 +2,7 @@
 
 Standard library only: it runs before anything is installed.
 """
+import ast
 import contextlib
 import hashlib
 import os
@@ -44,6 +45,7 @@ BROWSERS = DEV / "browsers"  # a Chromium for the tests of the editor, where the
 
 # the version of each package, for every Python and system: devtools/host/lock.py writes it
 LOCKED = Path(__file__).with_name("locked.txt")
+UV = "uv==0.13.9"  # installs packages in a small part of pip's time
 # transformers: with 5.15 and later ComfyUI 0.30 cannot build the tokenizer of its Mistral encoders.
 COMPANIONS = ("torch", "torchvision", "torchaudio")
 EXTRAS = [
@@ -67,6 +69,11 @@ TESTING = SERVING | {"pytest": "pytest", "hypothesis": "hypothesis",
                      "pytest_rerunfailures": "pytest-rerunfailures",
                      "xdist": "pytest-xdist"}
 LINTING = {"ruff": "ruff", "pyright": "'pyright[nodejs]'"}
+UV_CACHE = DEV / "uv"  # gone after the set-up: what is installed are links to it
+# name of a setting of pip -> (uv's environment variable, what stands between its values)
+UV_SETTINGS = {"index-url": ("UV_DEFAULT_INDEX", " "), "extra-index-url": ("UV_INDEX", " "),
+               "find-links": ("UV_FIND_LINKS", ","), "trusted-host": ("UV_INSECURE_HOST", " "),
+               "cert": ("SSL_CERT_FILE", " ")}
 END_SECONDS = 30  # for a program to end after Ctrl-C, which the terminal sent to it too
 
 
@@ -160,6 +167,7 @@ def prepare(needed: Mapping[str, str] = TESTING) -> Environment:
     if not own_host:
         subprocess.run([str(python), "-m", "compileall", "-q",
                         str(host)], stdout=subprocess.DEVNULL)
+    shutil.rmtree(UV_CACHE, ignore_errors=True)
     stamp.write_text(_fingerprint(host))
     print(f"Environment ready after {time.monotonic() - started:.0f} s")
     return Environment(host, python)
@@ -213,19 +221,68 @@ def _unfinished(python: Path) -> Path:
 
 def try_pip(python: Path, *arguments: str, action: str = "install") -> str | None:
     """Runs pip. Returns None where it works, else its messages."""
-    command = [str(python), "-m", "pip", action, "--disable-pip-version-check", "--quiet",
-               *arguments]
-    if action == "install":
-        _unfinished(python).touch()
+    return _try([str(python), "-m", "pip", action, "--disable-pip-version-check", "--quiet",
+                 *arguments], _unfinished(python) if action == "install" else None)
+
+
+def try_uv(python: Path, *arguments: str) -> str | None:
+    """Installs packages with uv, from where pip would get them. Returns None where it works, else
+    the messages."""
+    try:
+        command = uv_of(python)
+    except SetupError as error:
+        return str(error)
+    return _try([*command, "pip", "install", "--quiet", "--python", str(python), "--cache-dir",
+                 str(UV_CACHE), *arguments],
+                _unfinished(python), env={**_uv_settings(python), **os.environ})
+
+
+def uv_of(python: Path) -> list[str]:
+    """Returns the command of a Python's uv, which is installed first where it is missing. Raises
+    SetupError."""
+    if not _can_import(python, "uv"):
+        pip(python, UV)
+    return [str(python), "-m", "uv"]
+
+
+def try_install(python: Path, *arguments: str) -> str | None:
+    """Installs packages with uv, else with pip. Returns None where one works, else pip's
+    messages."""
+    return None if try_uv(python, *arguments) is None else try_pip(python, *arguments)
+
+
+def _try(command: list[str], mark: Path | None, **options) -> str | None:
+    """Runs a program, beside a mark. Returns None where it works, else its messages."""
+    if mark:
+        mark.touch()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace")
-    _unfinished(python).unlink(missing_ok=True)
+                          errors="replace", **options)
+    if mark:
+        mark.unlink(missing_ok=True)
     return done.stdout if done.returncode else None
+
+
+def _uv_settings(python: Path) -> dict[str, str]:
+    """Returns environment variables that say to uv what pip's files and variables say to pip."""
+    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True,
+                            text=True, errors="replace").stdout
+    settings = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # pip's
+    if sys.dont_write_bytecode:  # else what is imported is compiled when it is first
+        settings["UV_COMPILE_BYTECODE"] = "1"
+    for name, value in re.findall(r"^\S+\.([\w-]+)=(['\"].*['\"])$", listed, re.MULTILINE):
+        variable, separator = UV_SETTINGS.get(name, ("", ""))
+        if variable:  # variables come first, then the files of the user and of the system
+            settings.setdefault(variable, separator.join(ast.literal_eval(value).split()))
+    return settings
 
 
 def pip(python: Path, *arguments: str, action: str = "install"):
     """Runs pip, whose messages are printed only if it fails. Raises SetupError."""
-    messages = try_pip(python, *arguments, action=action)
+    _require_success(try_pip(python, *arguments, action=action))
+
+
+def _require_success(messages: str | None):
+    """Prints pip's messages and raises SetupError, unless it worked."""
     if messages is not None:
         print(messages, flush=True)
         raise SetupError(
@@ -336,22 +393,26 @@ def _install_torch(python: Path):
     torch = next(line for line in read(LOCKED).splitlines() if name_of(line) == "torch")
     _begin("torch", f"Installing {torch}")
     if sys.platform == "linux":
-        if try_pip(python, f"{torch}+cpu") is None:
+        # the first where pip's settings name an index that has it; uv knows PyTorch's own
+        if (try_install(python, f"{torch}+cpu") is None
+                or try_uv(python, "--torch-backend", "cpu", torch) is None):
             return
         print("Note: pip finds no build of torch for CPUs, so tests on fake GPUs are skipped."
               " PyTorch's page of installation names an index that has one.", flush=True)
-    pip(python, torch)
+    _require_success(try_install(python, torch))
 
 
 def _install_packages(host: Path, python: Path):
     required = [*requirements(host), *EXTRAS]
     _begin("packages", "Installing the requirements of ComfyUI and of this pack"
                        f" ({len(required)} packages)")
-    # its torch is any build of that version, or pip would replace the one for CPUs
-    pip(python, "--constraint", str(LOCKED), *required)
+    # its torch is any build of that version, or it would be replaced by the one for GPUs
+    _require_success(try_install(python, "--constraint", str(LOCKED), *required))
     _begin("optional", f"Installing {len(OPTIONAL)} optional packages")
+    if try_uv(python, "--constraint", str(LOCKED), *OPTIONAL) is None:
+        return
     for package in OPTIONAL:
-        if try_pip(python, "--constraint", str(LOCKED), package) is not None:
+        if try_install(python, "--constraint", str(LOCKED), package) is not None:
             print(f"Note: {name_of(package)} could not be installed; it is optional, tests that"
                   " need it are skipped.")
 

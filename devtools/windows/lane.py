@@ -22,8 +22,8 @@ from devtools.host.environment import (
     SetupError,
     read,
     requirements,
+    uv_of,
 )
-from devtools.host.lock import fetch_uv
 from devtools.host.server import HOST, PACK
 from devtools.windows import portable, python
 from devtools.windows.missing_in_wine import complex_numbers
@@ -213,10 +213,9 @@ def make_python():
 def install_packages():
     """Installing ComfyUI's packages for Windows."""
     # pip reads the conditions of requirements for the system that it runs on, uv for another
-    uv = fetch_uv(LANE / "uv")
     wanted = ["torch", *requirements(HOST), *EXTRAS, *OPTIONAL, "accelerate", "pip"]
     wanted = [package for package in wanted if not APART.match(package)]
-    command = [uv, "pip", "install", "--quiet", "--no-cache",
+    command = [*uv_of(Path(sys.executable)), "pip", "install", "--quiet", "--no-cache",
                "--python-platform", "windows", "--python-version",
                f"{sys.version_info.major}.{sys.version_info.minor}", "--target", str(PACKAGES),
                "--only-binary", ":all:", "--no-binary", "toml", "-c", str(LOCKED), *wanted]

@@ -1,4 +1,4 @@
-"""The first set-up: a line for each step; of pip nothing unless it fails. A
+"""The first set-up: a line for each step; of pip nothing unless it fails, of uv nothing. A
 Python of the user's own needs no more than a command uses. What is run ends with dev.py."""
 import importlib.metadata
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ from devtools.host.server import HOST
 
 def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    for name in ("_make_venv", "fetch_tree", "pip", "try_pip", "_install_shim"):
+    for name in ("_make_venv", "fetch_tree", "try_uv", "try_install", "_install_shim"):
         monkeypatch.setattr(environment, name, lambda *arguments: None)
     monkeypatch.setattr(environment, "DEV", tmp_path)
     monkeypatch.setattr(environment, "OPTIONAL", [])
@@ -37,16 +38,21 @@ def test_each_step_is_a_line_with_its_number(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fake GPUs are built on Linux only")
-@pytest.mark.parametrize("is_found", [True, False])
-def test_torch_for_cpus_comes_first_and_another_build_is_told(is_found, monkeypatch, capsys):
+@pytest.mark.parametrize("found", [0, 1, 2])
+def test_torch_for_cpus_comes_first_and_another_build_is_told(found, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(environment, "pip", lambda python, *packages: asked.append(packages[0]))
-    monkeypatch.setattr(environment, "try_pip", lambda python, package: (
-        asked.append(package), None if is_found else "none matches")[1])
+
+    def install(python, *arguments) -> str | None:
+        asked.append(arguments)
+        return None if len(asked) > found else "none matches"
+
+    for name in ("try_install", "try_uv"):
+        monkeypatch.setattr(environment, name, install)
     environment._install_torch(Path("python"))
-    torch = asked[-1].removesuffix("+cpu")
-    assert re.match(r"torch==[\d.]+$", torch) and asked == [f"{torch}+cpu", torch][:2 - is_found]
-    assert ("tests on fake GPUs are skipped" in capsys.readouterr().out) != is_found
+    torch = asked[0][0].removesuffix("+cpu")
+    assert re.match(r"torch==[\d.]+$", torch)
+    assert asked == [(f"{torch}+cpu",), ("--torch-backend", "cpu", torch), (torch,)][:found + 1]
+    assert ("tests on fake GPUs are skipped" in capsys.readouterr().out) == (found == 2)
 
 
 PLATFORMS = {"linux": ("Linux", "x86_64"), "darwin": ("Darwin", "arm64"),
@@ -106,6 +112,47 @@ def test_pips_message_is_printed_where_it_fails(own_python, capfd):
     with pytest.raises(environment.SetupError, match="its message is above"):
         environment.pip(own_python, "--no-index", "featherweight-not-a-package")
     assert "No matching distribution" in capfd.readouterr().out
+
+
+def test_packages_come_by_uv_and_by_pip_where_uv_finds_none(tmp_path, monkeypatch):
+    """uv looks where pip's settings say."""
+    pytest.importorskip("uv", reason="this Python is the user's own")
+    own_python = Path(sys.executable)
+    monkeypatch.setattr(environment, "_unfinished", lambda python: tmp_path / "unfinished")
+    index = tmp_path / "index"
+    index.mkdir()
+    for name in ("a-package-of-nobody", "another-of-nobody"):
+        module = name.replace("-", "_")
+        with zipfile.ZipFile(index / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{module}.py", "")
+            about = f"{module}-1.0.dist-info"
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\n"
+                                                "Version: 1.0\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                                             "Tag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setattr(environment, "UV_CACHE", tmp_path / "cache")
+    used = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: (
+        used.append("uv" if "uv" in command else "pip" if "install" in command else ""),
+        run(command, **options))[1])
+    folder = str(tmp_path / "packages")
+    assert environment.try_install(own_python, "--target", folder, "a-package-of-nobody") is None
+    assert [name for name in used if name] == ["uv"]
+    assert Path(folder, "a_package_of_nobody.py").is_file()
+    (tmp_path / "index" / "another_of_nobody-1.0-py3-none-any.whl").rename(
+        tmp_path / "another_of_nobody-1.0-py3-none-any.whl")
+    monkeypatch.setenv("UV_FIND_LINKS", str(index))  # which hides from uv what pip finds
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert environment.try_install(own_python, "--target", folder, "another-of-nobody") is None
+    assert [name for name in used if name] == ["uv", "uv", "pip"]
+    assert Path(folder, "another_of_nobody.py").is_file()
+    assert "No matching distribution" in environment.try_install(
+        own_python, "--target", folder, "featherweight-not-a-package")
 
 
 def test_serve_needs_no_linter_in_a_python_of_the_users_own(tmp_path):
