@@ -289,6 +289,7 @@ FORMS = {
        for name in quantizer_models.QUANTIZED_MODELS},
     "auto-round of Wan": Form(of_auto_round, "transformer", tuple(WAN_SHAPES), packs=in_attention),
 }
+ROUNDED = 1e-6  # torch's own products, of weights that lie elsewhere in memory
 # one for each reader
 SOME_FORMS = ("GGUF Q4_K of stable-diffusion.cpp", "bitsandbytes' int8", "SDNQ uint4 svd",
               "mflux 4 bits", "SVDQuant int4", "SVDQuant in two files", "gptq", "fp8",
@@ -396,7 +397,7 @@ class DiffusionTester(ModelTester):
         (before, hooked, after), (without, expected, _) = (
             run_hooked(model, family, lora, 0.8) for model in (packed, dense))
         assert error_by_effect(hooked, expected, without) < max(LIMIT, self.limit)
-        assert torch.equal(after, before)
+        assert relative_error(after, before) < ROUNDED
 
     # --- a part of a model on its device ---
 
@@ -407,7 +408,7 @@ class DiffusionTester(ModelTester):
         for _ in range(2):
             comfy.model_management.unload_all_models()
             assert same_bytes(packed_bytes(packed), before)
-            assert torch.equal(self.run(kind, on_another_device(packed)), output)
+            assert relative_error(self.run(kind, on_another_device(packed)), output) < ROUNDED
         assert same_bytes(packed_bytes(packed), before)
 
     def test_a_model_that_is_loaded_in_part_gives_the_same_with_a_lora_too(

@@ -141,7 +141,9 @@ def run(patcher: comfy.model_patcher.ModelPatcher, family: Family) -> torch.Tens
     """What the model adds to its input. The denoised image alone would hide a small error behind
     the input."""
     comfy.model_management.load_models_gpu([patcher])
-    arguments = inputs(family)
+    arguments, network = inputs(family), patcher.model.diffusion_model
+    # HiDream-O1 takes keys and values of a prompt that it had before, though a LoRA has changed
+    getattr(network, "clear_kv_cache", lambda: None)()
     with torch.inference_mode():
         return patcher.model.apply_model(**arguments) - arguments["x"]
 
