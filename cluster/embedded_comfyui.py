@@ -20,7 +20,7 @@ from typing import Any
 import filelock
 
 from .comfyui_install import MachineError, is_pack
-from .workflow_graph import RESULT_NODE, GraphError, classes, one_line, texts
+from .workflow_graph import RESULT_NODE, GraphError, classes, is_link, one_line, texts
 
 SCRATCH = "featherweight-worker-"
 # a file in a scratch folder, locked while its process lives; a process id would not do, as it is
@@ -44,7 +44,7 @@ FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
 class EmbeddedComfyUI:
     """ComfyUI, started once per process.
 
-    It writes to a folder of its own, which is emptied after each prompt.
+    It writes to a folder of its own, whose files are emptied after each prompt.
 
     Args:
         comfyui: its folder.
@@ -57,6 +57,7 @@ class EmbeddedComfyUI:
     def __init__(self, comfyui: str, arguments: Sequence[str] = ()):
         sweep_dead()
         self.scratch, self.scratch_lock = make_scratch()
+        self._last: dict[str, bytes] = {}  # path -> what the last prompt had there
         # ComfyUI wraps their buffers, which close when the streams are freed
         self.streams = sys.stdout, sys.stderr
         errors = []
@@ -130,35 +131,42 @@ class EmbeddedComfyUI:
         """
         try:
             files = self._read_files(self._execute(graph))
-            # ComfyUI used the saving node's cached output of an equal prompt, whose files are gone
+            # ComfyUI used the saving node's cached output of an earlier prompt, not of the last
             if files is None:
                 self._clear_cache()
-                files = self._read_files(self._execute(graph))
+                self._last = {}
+                files = self._read_files(self._execute(graph), all_ran=True)
             return files or {}
         finally:
-            self._clear_outputs()
+            self._empty_outputs()
 
-    def validate(self, graph: dict, prompt_id: str = "check") -> list[str]:
-        """Validates a graph by ComfyUI's own code and returns the ids of its output nodes.
+    def validate(self, graph: dict, prompt_id: str = "check") -> tuple[dict, list[str]]:
+        """Validates a graph by ComfyUI's own code.
+
+        Returns:
+            The request with what packs make of it, and the ids of its output nodes.
 
         Raises:
             GraphError: the workflow fails on any machine.
-            MachineError: this machine cannot run it.
+            MachineError: this machine cannot run it, or not all that another one could.
         """
+        request = self.server.trigger_on_prompt({"prompt": graph, "extra_data": {}})
+        graph = request["prompt"]
         valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
             self.validate_prompt(prompt_id, graph, None), self.loop).result()
         if not valid:
             assert error is not None
             self._raise_invalid(graph, error, node_errors)
-        return outputs
+        # one output is enough for ComfyUI
+        self._check_files({node: graph[node] for node in node_errors or () if node in graph})
+        return request, outputs
 
     def _execute(self, graph: dict) -> dict:
         """Queues a prompt, waits for its end and returns its outputs by node."""
         prompt_id = str(uuid.uuid4())
         queue = self.server.prompt_queue
-        request = self.server.trigger_on_prompt({"prompt": graph, "extra_data": {}})
+        request, outputs = self.validate(graph, prompt_id)
         graph = request["prompt"]
-        outputs = self.validate(graph, prompt_id)
         queue.put((0, prompt_id, graph, request.get("extra_data", {}), outputs, {}))
         while not (entry := queue.get_history(prompt_id).get(prompt_id)):
             self._check_runs_prompts()
@@ -197,7 +205,7 @@ class EmbeddedComfyUI:
             raise MachineError(
                 f"has no node {' and no '.join(map(repr, missing))}: the pack it comes from is not"
                 " installed or did not load.")
-        self._check_files(graph)
+        self._check_files({node: graph[node] for node in node_errors or graph if node in graph})
         reasons = [f"node {name} ({node['class_type']}): {reason['message']}: {reason['details']}"
                    for name, node in (node_errors or {}).items() for reason in node["errors"]]
         raise GraphError(one_line("; ".join(reasons) or f"{error['message']}: {error['details']}"))
@@ -213,11 +221,12 @@ class EmbeddedComfyUI:
         if any(f"[Errno {number}]" in reason or os.strerror(number) in reason
                for number in DISK_FULL):
             raise MachineError(f"has no space left on its disk for {node}: {one_line(reason)}")
-        self._check_files(graph)
+        self._check_files(_beside(graph, data.get("node_id")), f": {node}: {one_line(reason)}")
         raise GraphError(f"{node}: {one_line(reason)}")
 
-    def _check_files(self, graph: dict):
-        """Raises MachineError if the graph names files that are missing from ComfyUI's folders."""
+    def _check_files(self, graph: dict, reason: str = "."):
+        """Raises MachineError if the graph names files that are missing from ComfyUI's folders.
+        reason: the end of its sentence."""
         suffixes = self._suffixes()
         missing = [
             f"{value!r} ({path})" for path, value in texts(graph).items()
@@ -226,7 +235,7 @@ class EmbeddedComfyUI:
         ]
         if missing:
             raise MachineError(
-                f"has no file {' and no '.join(missing)} in the folders of its ComfyUI.")
+                f"has no file {' and no '.join(missing)} in the folders of its ComfyUI{reason}")
 
     def _suffixes(self) -> set[str]:
         """Returns the suffixes of models and media."""
@@ -243,42 +252,65 @@ class EmbeddedComfyUI:
 
     # --- the files it writes ---
 
-    def _read_files(self, outputs: dict) -> dict[str, bytes] | None:
-        """Returns name -> bytes of what nodes saved, or else previewed; None if a file is gone."""
+    def _read_files(self, outputs: dict, all_ran: bool = False) -> dict[str, bytes] | None:
+        """Returns name -> bytes of what nodes saved, or else previewed; None if a file is gone.
+        all_ran: whether every node ran for this prompt."""
         items = [(re.sub("[^A-Za-z0-9-]", "-", node), item)
                  for node, output in sorted(outputs.items()) for values in output.values()
                  if isinstance(values, list) for item in values
                  if isinstance(item, dict) and item.get("filename") and item.get("type") != "input"]
         saved = [(node, item) for node, item in items if item.get("type", "output") == "output"]
         files: dict[str, bytes] = {}
+        read: dict[str, bytes] = {}  # by path
         counts: dict[str, int] = {}  # by node as the name has it, so of 9:1 and 9-1 together
         for node, item in saved or items:
             folder = os.path.join(self.scratch, "output" if saved else "temp")
             path = os.path.join(folder, item.get("subfolder") or "", item["filename"])
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except FileNotFoundError:
+            data = self._read(path)
+            if not (data or all_ran):  # a node that ComfyUI does not run again names its own file
+                data = self._last.get(path)
+            if data is None:
                 return None
+            read[path] = data
             count = counts[node] = counts.get(node, -1) + 1
             # the store's names have underscores only before the node and before the number
             suffix = os.path.splitext(path)[1].replace("_", "-")
             files[f"{node}_{count}{suffix}"] = data
+        self._last = read
         return files
 
-    def _clear_outputs(self):
+    @staticmethod
+    def _read(path: str) -> bytes | None:
+        """Returns what a file holds, None where it is gone."""
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def _empty_outputs(self):
+        """Puts an empty file in the place of each that was written. The names stay, for ComfyUI
+        gives a new file the number after the last, and nodes that do not run again name theirs."""
         for name in ("output", "temp"):
-            for entry in os.scandir(os.path.join(self.scratch, name)):
-                with contextlib.suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path)
-                    else:
-                        os.unlink(entry.path)
+            for folder, _, files in os.walk(os.path.join(self.scratch, name)):
+                for path in (os.path.join(folder, file) for file in files):
+                    with contextlib.suppress(OSError):
+                        if os.path.islink(path) or os.stat(path).st_size:
+                            os.unlink(path)  # which may be a link
+                            open(path, "wb").close()
 
     def close(self):
         """Removes the scratch folder. The ComfyUI itself ends with its process."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch_lock.release()
+
+
+def _beside(graph: dict, node: str | None) -> dict:
+    """Returns a node of a graph and those that it has inputs from; all where it is none."""
+    if node not in graph:
+        return graph
+    sources = {value[0] for value in graph[node]["inputs"].values() if is_link(value)}
+    return {name: graph[name] for name in (node, *sorted(sources)) if name in graph}
 
 
 def make_scratch() -> tuple[str, filelock.BaseFileLock]:

@@ -10,7 +10,8 @@ SEED_INPUTS = ("seed", "noise_seed")
 TEXT_INPUTS = ("text", "prompt", "text_g", "text_l", "clip_l", "t5xxl")
 PLACEHOLDER = "%text%"
 SEED_COUNT = 1 << 64
-MAX_TEXT = 10_000_000  # characters of all items together
+SEED_LENGTH = len(str(SEED_COUNT))
+MAX_TEXT = 10_000_000  # characters of the changes of all items together
 
 
 def make_variants(part: Mapping[str, dict], count: int,
@@ -24,15 +25,17 @@ def make_variants(part: Mapping[str, dict], count: int,
             not count.
 
     Raises:
-        GraphError: the graph has no text that the lines could go to, or several; or the texts
-            would be longer than `MAX_TEXT`.
+        GraphError: the graph has no text that the lines could go to, or several; or the
+            changes would be longer than `MAX_TEXT`.
     """
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     seeds = seed_inputs(part)
     prompt_texts = prompt_inputs(part) if lines else {}
-    length = sum(
-        len(text) + text.count(PLACEHOLDER) * len(lines[index % len(lines)])
-        for text in prompt_texts.values() for index in range(count))
+    length = count * sum(len(path) + SEED_LENGTH for path in seeds)
+    for path, text in prompt_texts.items():
+        marks = text.count(PLACEHOLDER)
+        length += sum(len(path) + (len(text) if marks else 0)
+                      + (marks or 1) * len(lines[index % len(lines)]) for index in range(count))
     if length > MAX_TEXT:
         raise GraphError(f"Run on Ray would send texts of {length / 1e6:.0f} million characters,"
                          f" expected at most {MAX_TEXT // 10**6} million. Use shorter lines, or"

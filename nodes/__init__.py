@@ -37,6 +37,7 @@ OWN_PREFIX = "Featherweight"
 FILE_INPUTS = re.compile(
     r".*_name(_?\d+)?|model_path|text_encoder_?\d|mmproj|sensitivity|measurement"
 )
+TO_A_SIZE = ("fit this GPU", "mix for a size", "size in GB")  # of pack_to: they read measurements
 JSON_VALUES = (str, int, float, list, dict)  # what a prompt may have instead of a connection
 FILE_VERSIONS = FileVersions()  # lives as long as ComfyUI's cache of node outputs
 
@@ -205,7 +206,7 @@ def _count_file_versions(cls, **inputs) -> int:
     The host compares it to decide whether the node has to run again.
     """
     names = (value for name, value in inputs.items() if FILE_INPUTS.fullmatch(name))
-    return FILE_VERSIONS.update(names)
+    return FILE_VERSIONS.update(names, inputs.get("pack_to") in TO_A_SIZE)
 
 
 def is_taken(node_id: str) -> bool:

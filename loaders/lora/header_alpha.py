@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..paths.file_versions import PEFT_CONFIG
 from .tensor_names import MAGNITUDE, PRODUCTS, is_text_name, layer_names
 
-CONFIG = "adapter_config.json"  # of PEFT, and the key under which `load_lora_file` returns it
+CONFIG = PEFT_CONFIG  # and the key under which `load_lora_file` returns it
 CONFIG_BYTES = 1 << 20
 BESIDE = f"{CONFIG} of several"  # the key of one next to which are several LoRAs
 ADAPTER = "adapter_model"  # PEFT's name of the file that the config belongs to

@@ -81,6 +81,9 @@ const read = async (path) => (await api.fetchApi(path)).json();
 
 const workflowId = () => (app.rootGraph ?? app.graph).id;
 
+/** Whether a prompt is of the open workflow, not of one in another tab of the editor. */
+const isHere = ({ prompt_id: id }) => (workflows.get(id) ?? workflowId()) === workflowId();
+
 /** What the history has of a run: [nodes of the open workflow that are as they were then, with their texts]; none of another workflow. */
 async function textsOf(promptId) {
   const { prompt, outputs } = (await read(`/history/${promptId}`))[promptId] ?? {};
@@ -113,10 +116,9 @@ function showFailure({ node_id: id, node_type: type, exception_message: message 
 const on = (event, callback) => api.addEventListener(event, ({ detail }) => queueMicrotask(() => callback(detail)));
 
 on("progress_text", remember);
-on("executed", ({ prompt_id: promptId, node: id, display_node: shown, output }) => {
-  const node = find(shown || id), text = textIn(output);
-  const isHere = (workflows.get(promptId) ?? workflowId()) === workflowId(); // not in another tab of the editor
-  if (node && text !== undefined && isHere && isOwn(node)) show(node, text);
+on("executed", (detail) => {
+  const node = find(detail.display_node || detail.node), text = textIn(detail.output);
+  if (node && text !== undefined && isHere(detail) && isOwn(node)) show(node, text);
 });
 on(KEY, async ({ prompt_id: promptId, node: id }) => {
   for (const [node, text] of await textsOf(promptId)) if (node === find(id)) show(node, text);
@@ -132,6 +134,7 @@ on("execution_start", () => {
 });
 for (const event of ["execution_error", "execution_interrupted"]) {
   on(event, (detail) => {
+    if (!isHere(detail)) return;
     remove(detail.node_id, detail.node_type);
     showAgain();
     if (event === "execution_error") showFailure(detail);

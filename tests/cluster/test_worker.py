@@ -1,6 +1,7 @@
 """A worker of Ray renders what a plain ComfyUI does, with code that was sent to it."""
 import io
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from devtools.cluster import changes, workflow
 
 import numpy
 import pytest
+from PIL import Image
 from process_tree import IMPORT_PACK
 
 from devtools import ROOT
@@ -27,6 +29,9 @@ def answering_worker() -> type[Worker]:
     class AnsweringWorker(Worker):
         def answer(self, graph):
             return self.running_host().run(graph)
+
+        def check(self, graph):
+            return self.running_host().validate(graph)[1]
 
     return AnsweringWorker
 
@@ -125,6 +130,60 @@ def test_a_graph_drawn_again_gives_its_files_again_byte_for_byte(worker):
     files = [drawn(worker, workflow(seed=seed)) for seed in (11, 11, 12, 11)]
     assert list(files[0]) == ["9_0.png"]
     assert files[0] == files[1] == files[3] != files[2]
+
+
+def squares(*colors: int, **more) -> dict:
+    """A graph that saves a square of each color, all under the same name."""
+    graph = dict(more)
+    for index, color in enumerate(colors):
+        graph[f"{index}"] = {"class_type": "EmptyImage", "inputs": {
+            "width": 16, "height": 16, "batch_size": 1, "color": color}}
+        graph[f"9{index}"] = {"class_type": "SaveImage", "inputs": {
+            "images": [f"{index}", 0], "filename_prefix": "square"}}
+    return graph
+
+
+def test_a_node_that_does_not_run_again_keeps_its_own_picture(worker):
+    for _ in range(8):
+        colors = [random.choice((0xff0000, 0xff00, 0xff)) for _ in range(3)]
+        files = drawn(worker, squares(*colors))
+        seen = [Image.open(io.BytesIO(files[f"9{index}_0.png"])).getpixel((0, 0))
+                for index in range(3)]
+        assert seen == [tuple(color.to_bytes(3, "big")) for color in colors]
+
+
+def test_a_row_of_which_another_machine_could_draw_more_is_refused(worker):
+    model = {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "not_here.safetensors"}}
+    upscaled = {"class_type": "ImageUpscaleWithModel",
+                "inputs": {"upscale_model": ["20", 0], "image": ["0", 0]}}
+    saved = {"class_type": "SaveImage", "inputs": {"images": ["21", 0], "filename_prefix": "up"}}
+    with pytest.raises(MachineError, match="no file 'not_here.safetensors' .20.model_name"):
+        drawn(worker, squares(0xff, **{"20": model, "21": upscaled, "22": saved}))
+
+
+def test_a_check_refuses_what_the_run_would(worker):
+    graph = workflow() | {"60": {"class_type": "FeatherweightApplyLora", "inputs": {
+        "model": ["1", 0], "lora_name": "no_such_lora.safetensors", "strength": 1.0}}}
+    for method in (worker.check, worker.answer):
+        with pytest.raises(MachineError, match="no file 'no_such_lora.safetensors'"):
+            ray.get(method.remote(graph), timeout=300)
+
+
+def test_a_text_that_looks_like_a_file_hides_no_other_reason(worker, bases):
+    """IMG_1018.JPG is a prompt that people use."""
+    (bases["attic"] / "input").mkdir(exist_ok=True)
+    broken = bases["attic"] / "input" / "broken.png"
+    broken.write_bytes(b"no picture")
+    graph = squares(0xff, **{
+        "20": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}},
+        "21": {"class_type": "PreviewImage", "inputs": {"images": ["20", 0]}},
+        "22": {"class_type": "PrimitiveString", "inputs": {"value": "IMG_1018.JPG"}},
+        "23": {"class_type": "PreviewAny", "inputs": {"source": ["22", 0]}}})
+    try:
+        with pytest.raises(GraphError, match="node 20 .LoadImage"):
+            drawn(worker, graph)
+    finally:
+        broken.unlink()
 
 
 @pytest.mark.parametrize(("path", "value", "error", "message"), [

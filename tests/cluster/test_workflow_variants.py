@@ -51,6 +51,11 @@ def test_texts_that_lines_multiply_are_bounded_before_they_are_made():
     with pytest.raises(GraphError, match="texts of 6000.. million characters, expected at most 10"):
         make_variants(marked, 1000, "x" * 60_000)
     make_variants(marked, 10, "x" * 90)
+    with pytest.raises(GraphError, match="texts of 100 million characters"):
+        make_variants(SAMPLED, 1000, "x" * 100_000)
+    seeds = part(**{f"sampler{number}": ("KSampler", {"seed": 7}) for number in range(1000)})
+    with pytest.raises(GraphError, match="texts of 3.. million characters"):
+        make_variants(seeds, 10_000)
 
 
 def test_lines_go_where_the_mark_is_if_it_is_anywhere():

@@ -95,6 +95,7 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
         and pack_to.default == "no change"
         and pack_to.options == ["no change", "fit this GPU", *LOAD_TYPES, "mix for a size"]
     )
+    assert {"fit this GPU", "mix for a size"} < {*featherweight.nodes.TO_A_SIZE}
     assert inputs[-1].id == "size_gb" and inputs[-1].optional
     parameters = inspect.signature(NODES[node_id].execute).parameters
     assert parameters["pack_to"].default == "no change"

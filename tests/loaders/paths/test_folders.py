@@ -57,7 +57,8 @@ def test_a_file_added_to_a_folder_counts(models):
     ("model-00001-of-00002.gguf", "mmproj-model-F16.gguf"),
     ("m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors"),
     ("sdnq.safetensors", "config.json"), ("sdnq.safetensors", "quantization_config.json"),
-    ("m-00002-of-00002.safetensors", "config.json"),
+    ("m-00002-of-00002.safetensors", "config.json"), ("lora.safetensors", "adapter_config.json"),
+    ("fp8.safetensors", "fp8_map.pt"),
 ])
 def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, models):
     (models / picked).write_bytes(b"1")
@@ -71,6 +72,36 @@ def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, mod
     assert replacements.update([picked]) == 1
     (models / beside).write_bytes(b"12")
     assert replacements.update([picked]) == 2
+
+
+def test_another_file_of_the_name_counts_in_whatever_folder_it_is(models, tmp_path_factory,
+                                                                  monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", ([str(other)], {".gguf"}))
+    (models / "a.gguf").write_bytes(b"1")
+    replacements = FileVersions()
+    assert replacements.update(["a.gguf"]) == 0
+    (models / "a.gguf").unlink()
+    (other / "a.gguf").write_bytes(b"1")
+    assert [replacements.update(["a.gguf"]) for _ in range(2)] == [1, 1]
+    (models / "a.gguf").write_bytes(b"1")  # which may come first now
+    assert replacements.update(["a.gguf"]) == 2
+
+
+def test_a_measurement_of_a_model_counts_for_nodes_that_read_it(models, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(models / "output"))
+    (models / "flux.gguf").write_bytes(b"1")
+    replacements = FileVersions()
+
+    def counts() -> list[int]:
+        return [replacements.update(["flux.gguf"], measured) for measured in (False, True)]
+
+    assert counts() == [0, 0]
+    for number in (1, 2):
+        path = Path(new_sensitivity_path("flux"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+        assert counts() == [0, number]
 
 
 def test_a_part_of_a_package_counts(models, monkeypatch):
