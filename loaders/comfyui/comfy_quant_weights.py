@@ -364,15 +364,16 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
 
 
 def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
-               metadata: Mapping[str, Any], formats: Container[str]) -> bool:
-    """Returns whether the host's own loader reads all quantised layers of a file, none of which is
-    in one of some formats, and gives them the values that they have.
+               metadata: Mapping[str, Any],
+               formats_of: Callable[[str], Container[str]]) -> bool:
+    """Returns whether the host's own loader reads all quantised layers of a file, none of which
+    this pack computes, and gives them the values that they have.
 
     Args:
         names: of the tensors of the file.
         read: returns a tensor by its name.
         metadata: of the file.
-        formats: names of those that this pack computes.
+        formats_of: returns the names of those that this pack computes in a layer.
 
     Raises:
         MarkError: the settings in the metadata are damaged.
@@ -392,7 +393,7 @@ def host_reads(names: Iterable[str], read: Callable[[str], torch.Tensor],
         scale = read(f"{layer}{OLD_SCALE}") if is_old else parts.get(SCALE)
         try:
             settings = _read_settings(mark)
-            if (format_of(settings) in formats or host_misreads(settings, scale)
+            if (format_of(settings) in formats_of(layer) or host_misreads(settings, scale)
                     or any(unknown_settings(settings))
                     or _mended_mark(mark, weight) is not mark
                     or any(part.dtype == torch.float64 for part in parts.values())

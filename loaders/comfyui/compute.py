@@ -77,6 +77,15 @@ def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
                      if host_formats == EXACT or not host_multiplies(name, device))
 
 
+def encoder_formats(host_formats: str, device: torch.device) -> frozenset[str]:
+    """Returns those of `packed_formats` for text encoders and what stands beside them.
+
+    Of some the host has no layers for its formats and takes codes for values; of all others its
+    layers dequantise, so that this pack's are as fast.
+    """
+    return packed_formats(host_formats if host_formats == COMFYUI else EXACT, device)
+
+
 def host_multiplies(name: str, device: torch.device) -> bool:
     """Returns whether ComfyUI has a product for a format on a device."""
     known = COMFYUI_FORMATS.get(name, ComfyUIFormat)  # which has the default of newer ones

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..comfyui.comfy_quant_weights import host_reads
+from ..comfyui.module_files import CHECKPOINT_PREFIX
 from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..files.scale_map import TORCH, scale_map
@@ -23,7 +24,8 @@ UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
 
 
 def needs_own_reader(path: str, pack_to: PackTo | None = None,
-                     host_formats: Container[str] = ()) -> bool:
+                     host_formats: Container[str] = (),
+                     beside: Container[str] | None = None) -> bool:
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
@@ -35,7 +37,13 @@ def needs_own_reader(path: str, pack_to: PackTo | None = None,
         path: of a file or folder.
         pack_to: what weights are packed to as they are read, or None.
         host_formats: ComfyUI's own formats that this pack computes.
+        beside: those in the text encoder and VAE of a checkpoint, None: the same.
     """
+    def formats_of(layer: str) -> Container[str]:
+        if beside is None or layer.startswith(CHECKPOINT_PREFIX):
+            return host_formats
+        return beside
+
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True
     if not is_safetensors(path):
@@ -57,7 +65,7 @@ def needs_own_reader(path: str, pack_to: PackTo | None = None,
                            for layer in marked_layers(metadata, keys))
                     or judge({name: _header_of(file, name) for name in keys}, metadata,
                              file.get_tensor, looks=False).refused is not None
-                    or not host_reads(keys, file.get_tensor, metadata, host_formats))
+                    or not host_reads(keys, file.get_tensor, metadata, formats_of))
         except (SafetensorError, MarkError):
             return True
 

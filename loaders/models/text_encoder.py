@@ -13,7 +13,7 @@ from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ..comfyui.comfy_quant_weights import in_parts
-from ..comfyui.compute import packed_formats
+from ..comfyui.compute import encoder_formats
 from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import (
     UNKNOWN_ERRORS,
@@ -80,7 +80,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     recipe = asked.recipe(TEXT_ENCODER, *paths, clip_type=clip_type, mmproj=mmproj,
                           embedding_directory=embedding_directory)
     device = asked.device or comfy.model_management.text_encoder_device()
-    formats = packed_formats(asked.host_formats, device)
+    formats = encoder_formats(asked.host_formats, device)
     targets = encoder_targets(asked.pack_to, paths, device)
     by_the_host = not any(needs_own_reader(path, target, formats)
                           for path, target in zip(paths, targets.files))

@@ -10,11 +10,17 @@ import pytest
 import torch
 from conformance.mlx import affine_parts
 from encoder_tester import EncoderTester
+from encoders import ENCODERS
 from encoders.encoder import (
+    hidden_states,
     host_clip,
+    load_encoder,
     random_weights,
 )
+from families import relative_error
+from host_formats import in_host_format
 from mflux_models import LEVEL, VERSION
+from pack_api import compute
 from quantizer_writers import awq, gptq, pack_quantized, quantized_state_dict, save_config
 from safetensors.torch import save_file
 from sdnq_writer import write_folder
@@ -136,3 +142,37 @@ class TestSavedEncoders(EncoderTester):
 
     def packs(self, format_name, name, matrix):
         return matrix.ndim == 2 and not keeps(f"{name}.weight")
+
+
+def of_comfyui(folder: Path, weights, beside, format_name):
+    """With ComfyUI's marks, in a file."""
+    stored, values = {}, dict(weights)
+    for name, value in weights.items():
+        if not keeps(name) and value.ndim == 2:
+            parts, values[name] = in_host_format(name, value, format_name)
+            stored |= parts
+        else:
+            stored[name] = value
+    save_file(beside | stored, folder / "encoder.safetensors")
+    return values
+
+
+@pytest.mark.more_with_heavy
+@pytest.mark.parametrize("format_name", ["float8_e4m3fn", "int8_tensorwise"])
+@pytest.mark.parametrize("name", [
+    name for name in ENCODERS  # of others llama.cpp and transformers save other values
+    if not name.startswith(("gpt-oss", "qwen3.5")) or name.endswith("of transformers")])
+def test_a_gpu_gives_what_a_cpu_does_of_an_encoder_in_comfyuis_formats(
+        name, format_name, tmp_path, monkeypatch):
+    """ComfyUI has layers for its formats in some encoders only."""
+    kind = ENCODERS[name]
+    for config, changes in kind.towers:
+        for key, value in changes.items():
+            monkeypatch.setitem(config, key, value)
+    weights = random_weights(kind)
+    markers = {key: torch.zeros(shape) for key, shape in kind.markers.items()}
+    values = of_comfyui(tmp_path, weights, markers | dict(kind.extra), format_name)
+    monkeypatch.setattr(compute, "host_multiplies", lambda name, device: True)
+    loaded = load_encoder(tmp_path / "encoder.safetensors", kind)
+    expected = hidden_states(host_clip(kind, {key: values[key] for key in weights}))
+    assert relative_error(hidden_states(loaded), expected) < 1e-4
