@@ -2,11 +2,11 @@
 
 It lies in ComfyUI's user folder and keeps what took longer than `MIN_SECONDS` to pack. The
 environment (`FEATHERWEIGHT_PACKED_CACHE`) names another folder, where all is kept, or turns it off.
-The key of an entry is what it was made of: the files with their sizes and times, the type of each
-weight, and the version of the packers. When the cache reaches its limit, or the drive has little
-room, entries of earlier versions are removed, then the least recently used ones; the time of an
-empty file `.used` is that of an entry's last use. Other files in the folder are not touched. If an
-entry cannot be used, the model loads without it.
+The key of an entry is what it was made of: the files with their sizes and times, what configs and
+scales beside them say, the type of each weight, and the version of the packers. When the cache
+reaches its limit, or the drive has little room, entries of earlier versions are removed, then the
+least recently used ones; the time of an empty file `.used` is that of an entry's last use. Other
+files in the folder are not touched. If an entry cannot be used, the model loads without it.
 """
 import contextlib
 import hashlib
@@ -20,7 +20,10 @@ from typing import TypeVar
 from ...ops.log import log
 from ..byte_sizes import size_text
 from ..container.weight_file import FileState, WeightFile, WeightFileError
+from ..quantizers.sdnq import read_config
+from ..refusals.read_anyway import reads_anyway
 from .atomic_file import remove_stale_parts
+from .scale_map import scale_map
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 OFF = "off"  # in place of a folder
@@ -28,7 +31,7 @@ LIMIT_GB = 50.0  # default
 MIN_SECONDS = 60  # that packing took of what is kept where no folder is named
 FREE_SHARE, MAX_FREE = 0.1, 20e9  # of a drive, and bytes of it: the smaller is left free,
 NEARLY_FULL_SHARE = 0.1  # that an entry may take of the free bytes of a drive with less than that
-PACKER_VERSION = 4  # raised when the packers make other bytes of the same weights
+PACKER_VERSION = 5  # raised when the packers make other bytes of the same weights
 CURRENT = f"featherweight-{PACKER_VERSION}-"  # how the names of entries of this version begin
 NAMES = ("featherweight-*.safetensors", "featherweight-*.gguf")
 
@@ -68,10 +71,12 @@ def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None, suffix
     if folder is None or not types:
         return None
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
-    recipe: list = [PACKER_VERSION, files, sorted(types.items())]
+    scales = FileState.of(scale_map(file.path) or "")
+    recipe: list = [PACKER_VERSION, files, sorted(types.items()), file.quantization,
+                    read_config(file.path), scales and scales.identity, reads_anyway()]
     if measurement is not None:
         recipe.append(measurement)
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
+    digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:40]
     return folder / f"{CURRENT}{digest}{suffix}"
 
 

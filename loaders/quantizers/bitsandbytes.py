@@ -169,6 +169,7 @@ def _nested(layer: Layer, state: Mapping[str, Any]) -> torch.Tensor:
     if len(scales) != -(-len(absmax) // length):
         raise PartError(f"it has {len(scales)} nested_absmax for {len(absmax)} scales in blocks of"
                         f" {length}, expected {-(-len(absmax) // length)}")
+    length = min(length, len(absmax))
     # bitsandbytes 0.50 `functional.dequantize_4bit`: each step rounds to float32.
     return (codebook.float()[absmax.int()] * scales.float().repeat_interleave(length)[:len(absmax)]
             ).add_(torch.tensor(offset, dtype=torch.float32))

@@ -425,7 +425,7 @@ _IN_GROUPS = _NAMES | dict.fromkeys(("group_size", "block_size"))  # which the r
 FP8_CODES = Part("(N, K)", (*FP8, torch.uint8), advice=OTHER_MARK)
 BYTES = Part("(N, K)", (torch.int8, torch.uint8), advice=OTHER_MARK)
 NIBBLES = Part("(N, K / 2)", BYTES.dtypes, advice=OTHER_MARK)
-ROWS_PART = Part("1 or N", FLOATS)
+ROWS_PART = Part("1 or (N, 1...)", FLOATS)
 PIECES_PART = Part("", (*(dtype for dtype in FLOATS if dtype.itemsize == 1), *BYTES.dtypes))
 ALWAYS_1 = Part("", optional=SCALE_2)  # a second scale, which some tools write
 _ROWS = {SCALE: ROWS_PART, SCALE_2: ALWAYS_1}

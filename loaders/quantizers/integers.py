@@ -18,7 +18,7 @@ COLUMNS_TOGETHER = {4: 2, 8: 1}  # bits -> columns of a stream that are read tog
 SCALES = tuple(ENDINGS)  # dtypes of the scales of integers
 E8M0 = (torch.uint8, *(dtype for dtype in FLOATS if dtype.itemsize == 1 and "e8m0" in str(dtype)))
 CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales
-SCALES_OF_ROWS = Part("1 or N", FLOATS)
+SCALES_OF_ROWS = Part("1 or (N, 1...)", FLOATS)
 
 
 def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,

@@ -65,7 +65,7 @@ class Part:
         dtypes = TITLES.get(self.dtypes, f"{', '.join(names)} or {last}" if names else last)
         shapes = [each.replace("...", ", ...") if each.startswith("(") else
                   "one number" if each == "1" else f"{each} numbers"
-                  for each in self.shape.split(" or ") if each]
+                  for each in self.shape.replace("(N, 1...)", "N").split(" or ") if each]
         return " of ".join(filter(None, [" or ".join(shapes), dtypes]))
 
 

@@ -106,9 +106,9 @@ def layout(layer: Layer) -> str:
     is_mxfp8 = (weight.dtype in FP8 and scale is not None and scale.dtype in E8M0
                 and scale.ndim == 2)
     if weight.dtype in BLOCK_FAMILIES and scale is not None and not is_mxfp8 and (
-            has_block_scales(weight, scale) or (weight.dtype in FP8 and (
-                (weight.ndim == scale.ndim == 2 and scale.numel() not in (1, len(weight)))
-                or _is_in_blocks(layer.file)))):
+            has_block_scales(weight, scale) or (weight.ndim == scale.ndim == 2 and (
+                scale.shape[1] > 1 or (weight.dtype in FP8 and len(scale) not in (1, len(weight)))
+            )) or (weight.dtype in FP8 and _is_in_blocks(layer.file))):
         # what transformers stores under the other name
         layer.parts[BLOCK_SCALE] = layer.parts.pop(SCALE)
         layer.names[BLOCK_SCALE] = layer.names.pop(SCALE)

@@ -21,7 +21,7 @@ The layouts are those that sdnq 0.1.0 to 0.2.8 write.
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,15 @@ def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
     return config if config or file.path.is_dir() else read_config(file.path)
 
 
+def _has_neighbours(file: WeightFile) -> bool:
+    """Returns whether other files of weights are in the folder of a file."""
+    with suppress(OSError):
+        others = {path for path in file.path.parent.iterdir()
+                  if path.suffix.lower() in (".safetensors", ".sft")}
+        return bool(others.difference(file.paths))
+    return False
+
+
 @contextmanager
 def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[Read]:
     """Gives what reads a layer with the config of its file, and refuses what is left of others."""
@@ -118,6 +127,9 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
     if config is None:
         log.info("%s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
+    elif not extract_config(file.quantization) and _has_neighbours(file):
+        file.note(f"{file.path.name} is read by the config of SDNQ beside it, as the other models"
+                  " of its folder are. If images are noise, give it a folder of its own.")
 
     def read(layer: Layer) -> PackedTensor:
         settings = None if config is None else read_settings(config, f"{layer.name}.weight")

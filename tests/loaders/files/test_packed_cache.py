@@ -186,7 +186,8 @@ def test_a_drive_is_never_filled(drive, entries_that_fit, makes_room, source, fo
     assert ("is left free" in caplog.text) != makes_room
 
 
-@pytest.mark.parametrize("change", ["time", "size", "type", "packers", "place"])
+@pytest.mark.parametrize("change", [
+    "time", "size", "type", "packers", "place", "scales", "config", "READ_ANYWAY"])
 def test_another_state_of_anything_is_another_entry(change, source, folder, packings, monkeypatch):
     load(source)
     other = source
@@ -195,6 +196,12 @@ def test_another_state_of_anything_is_another_entry(change, source, folder, pack
     elif change == "size":
         with open(source, "ab") as file:
             file.write(b"\0")
+    elif change == "scales":
+        source.with_name(f"{source.stem}_map.pt").write_bytes(b"scales")
+    elif change == "config":
+        source.with_name("config.json").write_text('{"quant_method": "sdnq"}')
+    elif change == "READ_ANYWAY":
+        monkeypatch.setenv("FEATHERWEIGHT_READ_ANYWAY", "1")
     elif change == "packers":
         monkeypatch.setattr(packed_cache, "PACKER_VERSION", packed_cache.PACKER_VERSION + 1)
     elif change == "place":

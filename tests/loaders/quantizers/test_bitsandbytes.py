@@ -1,6 +1,7 @@
 """Files of bitsandbytes that lack parts of each weight."""
 import pytest
 import torch
+from conformance.bitsandbytes import STATE, of_4bit, state
 from pack_api import WeightFileError, open_weights
 from safetensors.torch import save_file
 
@@ -25,3 +26,12 @@ def test_codes_without_a_quant_state_are_refused_by_their_name(codes, others, tm
             r" quant_state.bitsandbytes__nf4, expected .* of uint8\. Get another"
             r" conversion\.$")):
         open_weights(path).state_dict()
+
+
+@pytest.mark.parametrize("length", [16, 10 ** 13, 10 ** 40])
+def test_a_block_of_nested_scales_that_is_longer_than_all_takes_no_memory(length, tmp_path):
+    written = of_4bit(nested=True)
+    parts = written.parts | {STATE: state(nested_blocksize=length)(written.parts[STATE])}
+    save_file({f"L.{name}": part for name, part in parts.items()}, tmp_path / "a.safetensors")
+    values = open_weights(tmp_path / "a.safetensors").state_dict()["L.weight"].dequantize()
+    assert torch.equal(values, written.values)

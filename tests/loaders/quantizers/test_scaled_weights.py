@@ -1,5 +1,6 @@
 """Weights with scales without a marker, against transformers and diffusers, which write them."""
 import json
+import random
 
 import pytest
 import torch
@@ -284,3 +285,15 @@ def test_bytes_are_nvfp4_by_their_own_shapes_alone(columns, scale, tmp_path):
         read(tmp_path / "a.safetensors", {
             "L.weight": torch.zeros(128, columns).byte(),
             "L.weight_scale": torch.ones(scale).to(FP8), "L.weight_scale_2": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_scales_of_blocks_are_none_of_rows_though_there_are_as_many(name, dtype, tmp_path):
+    rows = 128 * random.randint(1, 2)
+    codes = torch.randint(-127, 128, (rows, 128 * 128)).to(dtype)
+    scales = torch.rand(rows // 128, 128) + 0.5
+    path = tmp_path / "a.safetensors"
+    save_file({"L.weight": codes, f"L.{name}": scales}, path)
+    expected = codes.float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(open_weights(path).state_dict()["L.weight"].dequantize(), expected)

@@ -160,6 +160,12 @@ def test_a_file_takes_its_config_from_the_metadata_or_from_beside_it(place, tmp_
         (tmp_path / place).write_text(json.dumps(config))
     save_layer(tmp_path / "model.safetensors", tensors, metadata)
     assert_read(tmp_path / "model.safetensors", {"L.weight": expected})
+    for name in ("model.safetensors", "another.safetensors"):  # whose config may it be?
+        save_layer(tmp_path / name, tensors, metadata)
+    file = open_weights(tmp_path / "model.safetensors")
+    file.state_dict()
+    assert bool([note for note in file.notes if "config of SDNQ beside it" in note]) == (
+        metadata is None)
 
 
 def test_a_folder_may_have_the_config_in_a_file_of_its_own(tmp_path):
