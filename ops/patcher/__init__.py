@@ -182,6 +182,8 @@ class PackedPatcher(_HostPatcher):
         except BaseException:  # a cancel is no Exception
             super().detach()  # the host has forgotten it already
             raise
+        if self.model.current_weight_patches_uuid != self.patches_uuid:
+            self._forget_results()
         available_bytes = self.loaded_size() + extra_memory
         if self._residency.limit(self) is not None:
             excess = self.loaded_size() - self.model_size()
@@ -204,7 +206,15 @@ class PackedPatcher(_HostPatcher):
         return loaded
 
     def _can_swap(self, device_to, force_patch_weights) -> bool:
-        """Whether only patches differ from what is loaded, so that no weight needs to move."""
+        """Whether only patches differ from what is loaded, so that no weight needs to move.
+
+        An object that is put in the place of a layer or weight, or of a part of the model, is not
+        to get another one's patches.
+        """
+        objects = self.object_patches.keys() | self.object_patches_backup.keys()
+        keys = self.all_patches.keys() | self._applied.layers.keys() | self.backup.keys()
+        if any(f"{key}.".startswith(f"{name}.") for name in objects for key in keys):
+            return False
         loaded = self.model.current_weight_patches_uuid
         force_cast = next((module.comfy_force_cast_weights for module in self.model.modules()
                            if hasattr(module, "comfy_force_cast_weights")), self.force_cast_weights)
@@ -421,6 +431,16 @@ class PackedPatcher(_HostPatcher):
             self.unpin_weight(key)
             comfy.utils.set_attr_param(self.model, key,
                                        comfy.utils.get_attr(self.model, key).clone())
+
+    def _forget_results(self):
+        """Has a network drop what it keeps of earlier runs, which had other patches: HiDream-O1 the
+        keys and values of a prompt."""
+        network = getattr(self.model, "diffusion_model", None)
+        getattr(network, "clear_kv_cache", lambda: None)()
+
+    def patch_hooks(self, hooks):
+        self._forget_results()
+        super().patch_hooks(hooks)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         self._applied.restore_after_hooks(self, whitelist_keys_set)

@@ -11,6 +11,8 @@ from ..patches.adapters import adapter_tensors, is_plain_lora
 from ..patches.layer_patches import LayerPatches, build_patches
 from ..tensor.packed_layout import QuantizedTensor
 
+HEAD = "lm_head.weight"  # of a text encoder that writes texts: the host multiplies by it itself
+
 
 def layer_of(patcher, key: str) -> Any:
     """Returns the layer, ours or the host's, whose weight is named `key`."""
@@ -167,7 +169,8 @@ class AppliedPatches:
             function for function in layer.weight_function
             if not isinstance(function, LayerPatches)
         ]
-        if patches is not None and (functions or key in patcher.weight_wrapper_patches):
+        if patches is not None and (functions or key in patcher.weight_wrapper_patches
+                                    or key.endswith(HEAD)):
             layer.lora = None
             layer.weight_function = [patches, *functions]
         else:

@@ -1,11 +1,26 @@
 """Diffusion models in every form of file, and every family of the host's at its own width."""
 import dataclasses
 
+import comfy.model_management
 import comfy.utils
 import pytest
+import torch
 from diffusion_tester import FORMS, SOME_FORMS, DiffusionTester, check_as_in_gguf
-from families import FAMILIES, full_width_shapes, load_without_complaint
+from families import (
+    FAMILIES,
+    full_width_shapes,
+    inputs,
+    load_without_complaint,
+    random_weights,
+    relative_error,
+    run,
+    shrunken_detection,
+)
+from hooked import run_hooked
 from model_tester import quantized_layers
+from pack_api import is_packed, load_diffusion_model, product
+from packed_files import write_ggml
+from patched_models import lora_for, patched
 
 from devtools.files.gguf_files import write_zeros_gguf
 
@@ -61,3 +76,27 @@ def test_full_size_sdxl_is_recognized_and_every_name_finds_its_place(
     patcher = load(path, family, caplog)
     assert len(quantized_layers(patcher.model.diffusion_model)) == sum(
         len(shape) == 2 and shape[-1] % 32 == 0 for shape in shapes.values())
+
+
+def test_a_model_that_keeps_a_prompts_keys_makes_them_again_for_other_patches(
+        tmp_path, monkeypatch):
+    """HiDream-O1 computes the tokens of a prompt once."""
+    family = FAMILIES["hidream-o1"]
+    shrunken_detection(family, monkeypatch)
+    write_ggml("Q8_0", tmp_path / "model.gguf", random_weights(family))
+    packed = load_diffusion_model(str(tmp_path / "model.gguf"))
+    lora = lora_for({name: product.dequantize(weight, torch.float32) for name, weight
+                     in packed.model.diffusion_model.named_parameters() if is_packed(weight)})
+
+    def step(patcher):
+        """As `run`, which has the model forget."""
+        comfy.model_management.load_models_gpu([patcher])
+        arguments = inputs(family)
+        with torch.inference_mode():
+            return patcher.model.apply_model(**arguments)
+
+    expected = [step(packed), run(patched(packed, (lora, 1.0)), family) + inputs(family)["x"]]
+    for index, patcher in enumerate([packed, patched(packed, (lora, 1.0)), packed]):
+        assert relative_error(step(patcher), expected[index % 2]) < 1e-6
+    before, hooked, after = run_hooked(packed, family, lora, 1.0)
+    assert relative_error(after, before) < 1e-6 < relative_error(hooked, before)

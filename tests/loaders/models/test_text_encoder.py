@@ -1,10 +1,12 @@
 """Text encoders: from files to the host's own CLIP."""
 import os
 
+import comfy.model_management
 import comfy.sd
 import numpy as np
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from encoder_tester import EncoderTester
 from encoders import ENCODERS
 from encoders.encoder import (
@@ -13,6 +15,7 @@ from encoders.encoder import (
     load_encoder,
     random_weights,
     small_towers,
+    text_model,
     write_encoder,
 )
 from families import relative_error
@@ -164,3 +167,24 @@ def test_an_encoder_of_another_size_is_refused_in_a_sentence(tmp_path):
             match=r"t5.gguf: the names .*, their sizes are not: .*SelfAttention.q.weight.*"
             r" get the size that the workflow is for\.$"):
         load_text_encoder([str(path)], encoder.clip_type)
+
+
+def test_a_lora_of_the_layer_that_writes_texts_changes_what_is_written(tmp_path):
+    """By whose weight ComfyUI multiplies without calling the layer."""
+    encoder = ENCODERS["qwen3.5-9b"]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
+        clip = load_encoder(str(tmp_path / "encoder.gguf"), encoder)
+    model = text_model(clip).transformer
+    head, key = model.model.lm_head, next(
+        key for key in clip.patcher.model_state_dict() if key.endswith("lm_head.weight"))
+    rows, columns = head.weight.shape
+    up, down, hidden = torch.randn(rows, 4), torch.randn(4, columns), torch.randn(1, 3, columns)
+    changed = clip.clone()
+    changed.add_patches({key: LoRAAdapter(set(), (up, down, 4.0, None, None, None))}, 0.5)
+    comfy.model_management.load_models_gpu([clip.patcher])
+    before = model.logits(hidden)
+    comfy.model_management.load_models_gpu([changed.patcher])
+    expected = before + 0.5 * hidden[:, -1:] @ down.t() @ up.t()
+    assert relative_error(model.logits(hidden), expected) < 1e-5
+    assert relative_error(head(hidden[:, -1:]), expected) < 1e-5

@@ -38,6 +38,31 @@ pytestmark = pytest.mark.usefixtures("small_models", "no_model_outlives_its_test
 # --- switching while fully loaded ---
 
 
+@each_format
+def test_an_object_in_a_layers_place_gets_no_other_models_patches(models):
+    """As packs that compile blocks or replace a layer have it."""
+    lora = lora_for(models.values)
+
+    def replaced(patcher, strength: float):
+        patcher, old = patched(patcher, (lora, strength)), patcher.model.diffusion_model.img_in
+        new = comfy.ops.manual_cast.Linear(old.in_features, old.out_features)
+        for parameter in new.parameters():
+            parameter.requires_grad_(False).copy_(torch.linspace(
+                -0.05, 0.05, parameter.numel()).view(parameter.shape))
+        patcher.add_object_patch("diffusion_model.img_in", new)
+        return patcher
+
+    outputs = []
+    for model in models.pair:
+        sequence = [patched(model, (lora, 1.0)), replaced(model, 1.0), replaced(model, 0.4),
+                    patched(model, (lora, 0.4)), model]
+        outputs.append([run(patcher) for patcher in sequence])
+        comfy.model_management.unload_all_models()
+        outputs[-1].append(run(model))
+    for actual, expected in zip(*outputs):
+        assert relative(actual, expected) < limit(models.format_name)
+
+
 @everywhere
 def test_a_switch_moves_and_copies_no_base_weight(models):
     packed, dense, uploads = models.packed, models.dense, models.uploads
