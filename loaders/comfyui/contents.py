@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
@@ -16,7 +17,7 @@ from ...ops.layers.fast_by_kitchen import why_off
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
 from ..container.weight_file import WeightFile, WeightFileError
 from ..encoders import archs  # noqa: F401  registers the families
-from ..encoders.arch import arch_of, strip_prefix
+from ..encoders.arch import arch_of, strip_prefix, unwrap_language_model
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
 from ..quantizers.comfy_quant_formats import COMFYUI_FORMATS
@@ -153,12 +154,18 @@ def diffusion_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], s
     return tensors, prefix, config
 
 
+def unwrap_encoder(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns an encoder's weights without those of a model around it and without its prefix."""
+    weights = strip_prefix(dict(weights))
+    return unwrap_language_model(weights) if comfy.sd.detect_te_model(weights) is None else weights
+
+
 def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
     """Returns a text encoder's tensors, as `shapes_only`, under ComfyUI's keys, and its family.
 
     The family is "" if the file has ComfyUI's keys already.
     """
-    tensors = shapes_only(strip_prefix(dict(contents.tensors)))
+    tensors = unwrap_encoder(shapes_only(contents.tensors))
     arch = arch_of(tensors)
     if arch is None:
         return tensors, ""

@@ -43,7 +43,7 @@ _OF_MFLUX = (
     (r"^visual\.merger\.mlp_1\.", "visual.merger.mlp.2."),
 )
 _OF_LIBRARIES = ((r"^vision_tower\.(?!vision_model)", "visual."),)
-PATCHES = re.compile(r"patch_embed\.proj\.weight$")  # kernels, channels last
+PATCHES = re.compile(r"patch_embed(\.proj|ding)\.weight$")  # kernels, channels last
 
 
 def is_of_mflux(metadata: Mapping[str, Any]) -> bool:
@@ -91,12 +91,12 @@ def with_common_names(file_name: str, entries: dict[str, TensorEntry],
 
 
 def channels_first(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]):
-    """Brings kernels of videos' patches into torch's order, in place.
+    """Brings kernels of patches, of pictures or videos, into torch's order, in place.
 
     Args:
         tensors: name -> tensor of a file.
         metadata: of the file.
     """
     for name, tensor in tensors.items() if _rules(metadata) else ():
-        if PATCHES.search(name) and tensor.ndim == 5 and tensor.shape[-1] == RGB:
-            tensors[name] = tensor.permute(0, 4, 1, 2, 3)
+        if PATCHES.search(name) and tensor.ndim in (4, 5) and tensor.shape[-1] == RGB:
+            tensors[name] = tensor.movedim(-1, 1)

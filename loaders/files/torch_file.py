@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..byte_sizes import size_text
 from ..container.weight_file import TensorEntry, WeightFile, WeightFileError, first_line, map_file
 from ..refusals.wrong_format import ARCHIVE
 from .safetensors import SafetensorsFile
@@ -20,6 +21,7 @@ GLOBALS = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils _rebuild_(tensor|tensor_v[23]|parameter)"
     r"|torch(\.storage)? (\w+Storage|Size|(b?float|u?int|complex)\d+\w*|bool)")
+MOST_COPIES = 2  # of the bytes of a file, that views of its data are copied to
 LEGACY_PICKLES = 5  # one after the other, in files from before 2020
 
 
@@ -73,6 +75,11 @@ def read_torch_file(path: str, what: str = "a LoRA") -> dict[str, torch.Tensor]:
             raise WeightFileError(
                 f"{Path(path).name} cannot be read as {what}: its {key!a:.100} is not a plain"
                 " tensor, or is larger than its data in the file. Get it as safetensors.")
+    copied = sum(tensor.nbytes for tensor in tensors.values() if not tensor.is_contiguous())
+    if copied > MOST_COPIES * Path(path).stat().st_size:
+        raise WeightFileError(
+            f"{Path(path).name} cannot be read as {what}: its tensors are views of few values, and"
+            f" would take {size_text(copied)}. Get it as safetensors.")
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 

@@ -14,12 +14,13 @@ from comfy.model_detection import model_config_from_unet
 from ...ops.bounded_json import read_json
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
+from ...ops.log import log
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.comfy_quant_weights import as_tensors, host_metadata
 from ..comfyui.compute import EXACT, encoder_formats, packed_formats
 from ..comfyui.detection import UNKNOWN_MODEL, explain_build_errors, try_detect
 from ..comfyui.keep_packed import wrap_clip, wrap_model
-from ..comfyui.load_check import bytes_of, check_load, patcher_of
+from ..comfyui.load_check import NOTES_KEY, bytes_of, check_load, load_notes, patcher_of
 from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import model_prefix
 from ..container.weight_file import WeightFile, WeightFileError, map_file, safe_repr
@@ -152,6 +153,13 @@ def _load_folder(path: str, asked: LoadOptions, for_host: dict[str, Any]):
     model = clip = vae = None
     if for_host["output_model"]:
         model = load_diffusion_model(model_folder, **vars(asked))
+        further = Path(f"{model_folder}_2")  # of Wan 2.2: the model of the last steps
+        if (further / "config.json").is_file():
+            note = (f"{os.path.basename(path)} has a second model, {further.name}, which a"
+                    " checkpoint's loader has no output for: load that folder with Load Diffusion"
+                    " Model (GGUF, Featherweight).")
+            log.warning("%s", note)
+            model.set_attachments(NOTES_KEY, (*load_notes(model), note))
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if for_host["output_clip"] and encoders:
         as_stored = replace(asked, model_options=for_host["te_model_options"], pack_to=None,

@@ -6,6 +6,7 @@ import comfy.utils
 import torch
 
 from ..comfyui.comfy_quant_weights import as_tensors, read_marked
+from ..comfyui.contents import unwrap_encoder
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, model_name
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import (
@@ -14,8 +15,6 @@ from ..encoders.arch import (
     Arch,
     Weights,
     arch_of,
-    strip_prefix,
-    unwrap_language_model,
 )
 from ..encoders.encoder_sets import TOKENIZER_OF
 from ..encoders.saved_tokenizer import saved_tokenizer
@@ -46,6 +45,7 @@ class EncoderFile:
                                                             return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(
                 weights, model_prefix="", metadata=metadata)
+            self.weights = unwrap_encoder(self.weights)
             if comfy.sd.detect_te_model(self.weights) is None:
                 self.arch = arch_of(self.weights)
             progress.stage()
@@ -113,9 +113,3 @@ class EncoderFile:
             if len(TOKENIZERS) > TOKENIZERS_KEPT:
                 del TOKENIZERS[next(iter(TOKENIZERS))]
         return tokenizer
-
-
-def unwrap_encoder(weights: Weights) -> Weights:
-    """Returns an encoder's weights without those of a model around it and without its prefix."""
-    weights = strip_prefix(weights)
-    return unwrap_language_model(weights) if comfy.sd.detect_te_model(weights) is None else weights

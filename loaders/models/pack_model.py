@@ -162,8 +162,8 @@ def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: PackTo,
         return packed
     rounded = {key: count for key, patches in patcher.patches.items()
                if (count := _rounded_patches(patches, round_loras))}
-    patches = [_identity(key, patch) for key, count in rounded.items()
-               for patch in patcher.patches[key][:count]]
+    patches = [identity for key, count in rounded.items()
+               for patch in patcher.patches[key][:count] for identity in _identities(key, patch)]
     made, now = getattr(model, COPY, None), (target, patcher.load_device, _fingerprint(patcher))
     if made is None or not made.is_of(*now, patches):
         vars(model).pop(COPY, None)  # before the next one is made
@@ -190,13 +190,15 @@ def _rounded_patches(patches: Sequence[Patch], all_of_them: bool) -> int:
                 if isinstance(value, list)), default=0)
 
 
-def _identity(key: str, patch: Patch) -> tuple[tuple, Callable[[], Any]]:
+def _identities(key: str, patch: Patch) -> list[tuple[tuple, Callable[[], Any]]]:
     """Returns what tells a patch of a weight from others, and a reference to what it adds, which
-    does not keep that alive."""
+    does not keep that alive; so of the patches of another model's weight too."""
     strength, value, *numbers = patch
+    inner = value[1:] if isinstance(value, list) else ()
     while isinstance(value, (list, tuple)):  # of tensors, next to names and numbers
         value = next((each for each in value if isinstance(each, (list, tuple, torch.Tensor))), key)
-    return (key, strength, *numbers), (lambda: key) if value is key else weakref.ref(value)
+    own = (key, strength, *numbers), (lambda: key) if value is key else weakref.ref(value)
+    return [own, *(each for other in inner for each in _identities(key, other))]
 
 
 def _unload(model: torch.nn.Module):

@@ -44,7 +44,7 @@ from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
 from ..packing.layer_losses import WEIGHTS, loss_text, total
 from ..packing.planning.plan import STAYS, PlanError, plan_for_size, plan_for_type
 from ..packing_rules import Shapes, half_type
-from ..paths.folders import imatrix_of, packed_folder, sensitivity_of
+from ..paths.folders import imatrix_of, packed_folder, sensitivities_of
 from ..progress import Progress
 from .cache_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
@@ -337,26 +337,24 @@ def _plan_for(file: PackedFrom, weights: Mapping[str, torch.Tensor | JoinedRows]
 
 def measurement_of(file: PackedFrom, shapes: Shapes
                    ) -> tuple[Sensitivity | None, FileState | None]:
-    """Returns the measurement of a model, or an imatrix next to its file, and the state of that
-    file; None for both where there is neither, or where it is not used or does not fit the model.
+    """Returns the newest measurement of a model that is used and fits it, else an imatrix next to
+    its file, and the state of that file; None for both where there is none.
 
     Args:
         file: of the model.
         shapes: of its weights, in the host's names.
     """
-    path = sensitivity_of(file.path) or imatrix_of(file.path)
-    if path is None:
-        return None, None
-    state = FileState.of(path)
-    try:
-        measured = load_measurement(path).match(shapes)
-    except (SensitivityError, WeightFileError) as error:
-        log.warning("%s", error)
-        return None, None
-    if measured.is_unused:
+    for path in filter(None, (*sensitivities_of(file.path), imatrix_of(file.path))):
+        state = FileState.of(path)
+        try:
+            measured = load_measurement(path).match(shapes)
+        except (SensitivityError, WeightFileError) as error:
+            log.warning("%s", error)
+            continue
+        if not measured.is_unused:
+            return measured, state
         log.info("%s", *measured.notes([], False))
-        return None, None
-    return measured, state
+    return None, None
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:

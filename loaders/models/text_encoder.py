@@ -40,7 +40,7 @@ from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..recipe import register_loader
 from ..refusals.wrong_kind import describe_other_kind
-from .encoder_file import EncoderFile, unwrap_encoder
+from .encoder_file import EncoderFile
 from .fit_device import encoder_targets
 from .load_options import LoadOptions
 from .loader_choice import needs_own_reader
@@ -164,7 +164,7 @@ def _type_of_files(paths: list[str]) -> str:
 
 def _families_of(paths: list[str]) -> list[str | None]:
     """Returns `_family_of` each file."""
-    return [_family_of(model_name(path), unwrap_encoder(_comfy_keys(path))) for path in paths]
+    return [_family_of(model_name(path), _comfy_keys(path)) for path in paths]
 
 
 def _comfy_keys(path: str) -> Weights:

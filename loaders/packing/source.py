@@ -516,6 +516,10 @@ def _markers(patcher) -> Mapping[str, torch.Tensor]:
         for name in ("sigma_max", "sigma_min"):
             value = float(getattr(model_sampling, name))
             markers[f"edm_vpred.{name}"] = torch.tensor(value, dtype=torch.float32)
+    elif model_type == "EDM" and hasattr(patcher.model.latent_format, "latents_mean"):
+        for name in ("mean", "std"):
+            value = getattr(patcher.model.latent_format, f"latents_{name}")
+            markers[f"edm_{name}"] = value.float().cpu()
     return markers
 
 

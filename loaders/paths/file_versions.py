@@ -10,7 +10,7 @@ from ..container.weight_file import FileState, WeightFileError
 from ..encoders.saved_tokenizer import sibling_of
 from ..files.scale_map import scale_map
 from ..quantizers.sdnq import CONFIG_FILES
-from .folders import MEASUREMENTS, find_paths, find_sensitivity, imatrix_of, sensitivity_of
+from .folders import MEASUREMENTS, find_paths, find_sensitivity, imatrix_of, sensitivities_of
 
 PEFT_CONFIG = "adapter_config.json"  # next to a LoRA
 # file name of a shard
@@ -62,8 +62,8 @@ def _state(path: str, measured: bool) -> list[tuple]:
     states = []
     # An unreadable file is reported when the node runs.
     with contextlib.suppress(OSError):
-        measurements = filter(None, (sensitivity_of(path), imatrix_of(path))) if measured else ()
-        for file in (*_paths_for(path), *measurements):
+        measurements = (*sensitivities_of(path)[:1], imatrix_of(path)) if measured else ()
+        for file in filter(None, (*_paths_for(path), *measurements)):
             states.append((file, *FileState.from_status(os.stat(file))))
     return states
 

@@ -338,16 +338,16 @@ def validate_measurement(name: str | None) -> bool | str:
     return True
 
 
-def sensitivity_of(model_path: str | os.PathLike) -> str | None:
-    """Returns the path of the newest measurement in `output/sensitivity` that has a model's name,
-    as the node that measures gives it; None if there is none."""
+def sensitivities_of(model_path: str | os.PathLike) -> list[str]:
+    """Returns the paths of the measurements in `output/sensitivity` that have a model's name, as
+    the node that measures gives it, the newest first."""
     stem = os.path.splitext(os.path.basename(model_path))[0]
     name = re.compile(rf"{re.escape(stem)}_\d{{5}}_{re.escape(SENSITIVITY)}")
     folder = _sensitivity_folders()[0]
     with contextlib.suppress(OSError):
-        if names := sorted(filter(name.fullmatch, os.listdir(folder))):
-            return os.path.join(folder, names[-1])
-    return None
+        names = sorted(filter(name.fullmatch, os.listdir(folder)), reverse=True)
+        return [os.path.join(folder, name) for name in names]
+    return []
 
 
 def imatrix_of(model_path: str | os.PathLike) -> str | None:

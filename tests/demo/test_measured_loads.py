@@ -1,6 +1,7 @@
 """What the loaders pack to a size by a measurement, or by an imatrix next to the model's file, is
 nearer to the dense model than what they pack without."""
 import os
+from pathlib import Path
 
 from devtools.measure.painter import Painter
 from devtools.measure.weights import snr
@@ -39,8 +40,9 @@ def decibels(maker, monkeypatch):
 def test_by_a_measurement(decibels, maker, measured, monkeypatch):
     without = decibels()
     measured("normal", CAPTIONS)
-    path = str(maker.folder / "made.sensitivity")
-    monkeypatch.setattr(pack_on_load, "sensitivity_of", lambda model_path: path)
+    path, damaged = (str(maker.folder / f"{name}.sensitivity") for name in ("made", "damaged"))
+    Path(damaged).write_bytes(b"the newest, of which nothing can be read")
+    monkeypatch.setattr(pack_on_load, "sensitivities_of", lambda model_path: [damaged, path])
     assert decibels() > without + 8
     os.utime(path, ns=(0, 0))  # a new measurement: nothing of the cache is of it
     monkeypatch.setattr(pack_on_load.Sensitivity, "moments", lambda self, name: None)

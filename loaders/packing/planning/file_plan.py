@@ -23,6 +23,7 @@ from ..layer_losses import LOSS_IN_LAYERS, LOSS_KEY, RESULT, loss_text, total
 from ..source import Source, Weight
 from .plan import (
     DIGITS,
+    STAYS,
     Plan,
     PlanError,
     expected_errors,
@@ -420,9 +421,14 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
     fixed_bytes = Plan(fixed).nbytes(shapes)
     costs = None if options.sensitivity is None else options.sensitivity.costs
     halves = _halves_beside_rows(source) if options.row_types else source.halves
+    stored = {name: pack_type(source.weights[name].stored_type) for name in shapes}
+    packed = {} if options.row_types else {
+        name: stored[name].nbytes(shapes[name]) for name in free
+        if source.weights[name].is_copied(stored[name].name)
+        and _is_ggml(source.weights[name]) and not stored[name].is_plain}
     try:
         chosen = plan_for_size(free, nbytes - fixed_bytes, family, costs, halves,
-                               options.row_types).types
+                               options.row_types, packed).types
     except PlanError as error:
         if not fixed:
             raise
@@ -432,6 +438,8 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
             " keep the size at 'LoRAs on packed weights', or start from a model that is not packed."
         )
         raise too_small(nbytes, error.short_by, more) from error
+    chosen = {name: stored[name].name if type_name == STAYS else type_name
+              for name, type_name in chosen.items()}
     return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
 
 

@@ -38,6 +38,17 @@ def test_files_of_tensors_are_read(wrap, zipped, tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_views_are_not_copied_without_a_bound(zipped, tmp_path):
+    base = torch.rand(300, 200)
+    for count in (1, 100):
+        torch.save({f"{number}": base.t() for number in range(count)}, tmp_path / f"{count}.pt",
+                   _use_new_zipfile_serialization=zipped)
+    assert torch.equal(read_torch_file(str(tmp_path / "1.pt"))["0"], base.t())
+    with pytest.raises(WeightFileError, match=r"^100\.pt cannot .* would take .*\. Get"):
+        read_torch_file(str(tmp_path / "100.pt"))
+
+
 def test_parameters_are_read(tmp_path):
     torch.save({"a": torch.nn.Parameter(torch.ones(3))}, tmp_path / "a.pt")
     assert torch.equal(read_torch_file(str(tmp_path / "a.pt"))["a"], torch.ones(3))

@@ -21,7 +21,11 @@ from checkpoint_parts import (
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from host_formats import ASYMMETRIC, in_host_format
-from pack_api import WeightFileError, load_checkpoint
+from pack_api import (
+    WeightFileError,
+    load_checkpoint,
+    load_notes,
+)
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
 from safetensors.torch import save_file
 
@@ -187,7 +191,12 @@ def test_a_package_of_diffusers(parts, tmp_path):
         keep = (lambda name, value: True) if part == "vae" else None
         seen[part] = write_bnb(tmp_path / part / "model.safetensors", weights[part], keep=keep)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    if "vae" not in parts:
+        (tmp_path / "transformer_2").mkdir()
+        (tmp_path / "transformer_2" / "config.json").write_text("{}")
     model, clip, vae = load_checkpoint(str(tmp_path))
+    assert any("has a second model, transformer_2," in note for note in load_notes(model)) == (
+        "vae" not in parts)
     assert (
         relative(
             run(model), run(comfy.sd.load_diffusion_model_state_dict(dict(seen["transformer"])))

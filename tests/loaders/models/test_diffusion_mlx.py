@@ -10,7 +10,7 @@ from oracles import installed
 from pack_api import WeightFileError, load_diffusion_model, open_weights
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.mlx_names import common_name
+from featherweight.loaders.files.mlx_names import channels_first, common_name
 from featherweight.loaders.paths.folders import list_model_folders
 
 MAPPINGS = {"flux-dev": "flux.weights.flux.Flux", "flux2-klein": "flux2.weights.flux2.Flux2",
@@ -60,3 +60,14 @@ def test_names_are_those_of_the_package(name, monkeypatch):
         common = target.from_pattern[0].replace("{block}", "0").replace("{layer}", "0")
         assert common_name(theirs, {VERSION: "0.24.0"}) == common
         assert mflux_name(name, common) == theirs
+
+
+@pytest.mark.parametrize("name", ["visual.patch_embed.proj.weight",
+                                  "vision_tower.vision_model.embeddings.patch_embedding.weight"])
+@pytest.mark.parametrize("depth", [(), (2,)])
+def test_kernels_of_patches_come_into_torchs_order(name, depth):
+    kernels = torch.rand(8, *depth, 14, 14, 3)
+    tensors = {name: kernels, "other.weight": kernels}
+    channels_first(tensors, {"format": "mlx"})
+    assert torch.equal(tensors[name], kernels.movedim(-1, 1))
+    assert tensors["other.weight"] is kernels

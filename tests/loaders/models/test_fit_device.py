@@ -420,7 +420,7 @@ def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
     costs = {name: {"Q4_K": 1.0 if name == measured else 1e-6} for name in shapes}
     path = f"{folder().name}/bf16 to fit_00002_.sensitivity"
     Sensitivity(costs, shapes).save(path)
-    monkeypatch.setattr(pack_on_load, "sensitivity_of", lambda model_path: path)
+    monkeypatch.setattr(pack_on_load, "sensitivities_of", lambda model_path: [path])
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=target)
     weight = model.model.diffusion_model.get_parameter(measured)
     assert weight.nbytes > plain.model.diffusion_model.get_parameter(measured).nbytes
@@ -435,7 +435,7 @@ def test_who_has_a_mix_without_a_measurement_reads_what_one_gives(monkeypatch, r
     path = f"{folder().name}/bf16 to fit_00003_.sensitivity"
     name = "double_blocks.0.img_mlp.0.weight"
     Sensitivity({name: {"Q4_K": 1.0}}, {name: tuple(tiny_flux()[name].shape)}).save(path)
-    monkeypatch.setattr(pack_on_load, "sensitivity_of", lambda model_path: path)
+    monkeypatch.setattr(pack_on_load, "sensitivities_of", lambda model_path: [path])
     text = fit_text(load_diffusion_model(flux_in_bfloat16(), pack_to=FIT))
     assert "as good as" in text and "Measure Sensitivity" not in text
 

@@ -353,6 +353,16 @@ def test_the_same_merge_with_loras_rounded_in_and_then_not_is_packed_for_each(pa
     assert not counted and again.model is packed.model and len(again.patches) == len(packed.patches)
 
 
+def test_other_patches_of_the_model_that_is_merged_in_make_another_copy(path):
+    patcher = comfy.sd.load_diffusion_model(path)
+    other = comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in tiny_flux(1).items()})
+    for strength in (0.2, 1.0, 0.6):
+        both = ModelMergeSimple().merge(
+            patcher, patched(other, (lora_for(tiny_flux(1)), strength)), 0.5)[0]
+        assert relative(run(pack_model(both, "Q8_0")), run(both)) < 0.05
+
+
 def test_a_model_that_runs_with_another_sampling_is_packed(path):
     patcher = comfy.sd.load_diffusion_model(path)
     sampling = copy.deepcopy(patcher.get_model_object("model_sampling"))

@@ -23,6 +23,7 @@ from pack_api import WeightFileError, load_text_encoder
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models import encoder_file
 from featherweight.loaders.progress import Progress
 
@@ -188,3 +189,19 @@ def test_a_lora_of_the_layer_that_writes_texts_changes_what_is_written(tmp_path)
     expected = before + 0.5 * hidden[:, -1:] @ down.t() @ up.t()
     assert relative_error(model.logits(hidden), expected) < 1e-5
     assert relative_error(head(hidden[:, -1:]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["conditioner.embedders.0.transformer.", "language_model.",
+                                    "model.language_model."])
+def test_a_plain_file_under_other_names_loads_as_it_does_packed(prefix, tmp_path):
+    encoder = ENCODERS["llama-3-8b"]
+    weights = random_weights(encoder)
+    markers = {key: torch.zeros(shape) for key, shape in encoder.markers.items()}
+    inner = "" if prefix == "model.language_model." else "model."
+    save_file({(f"{prefix}{inner}" + name.removeprefix("model.")): value.contiguous()
+               for name, value in (markers | weights).items()}, tmp_path / "encoder.safetensors")
+    expected = hidden_states(host_clip(encoder, weights))
+    for pack_to, limit in ((None, 1e-5), ("Q8_0", 0.05)):
+        clip = load_encoder(str(tmp_path / "encoder.safetensors"), encoder, pack_to=pack_to)
+        assert relative_error(hidden_states(clip), expected) < limit
+    assert "of a family that" not in inspect(str(tmp_path / "encoder.safetensors"))[0].title

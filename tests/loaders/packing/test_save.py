@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from families import FAMILIES, host_patcher, random_weights, relative_error
+from families import (
+    FAMILIES,
+    host_patcher,
+    random_weights,
+    relative_error,
+    shrunken_detection,
+)
 from families import run as run_family
 from pack_api import (
     FORMATS,
@@ -20,6 +26,7 @@ from pack_api import (
     KEEP_TYPES,
     SaveError,
     is_packed,
+    load_checkpoint,
     load_diffusion_model,
     open_weights,
     pack_tensor,
@@ -173,6 +180,19 @@ def test_as_it_is_keeps_the_type_of_each_weight(tmp_path):
     with_lora = patched(packed_flux("Q5_K"), (lora_for({BLOCK: weights()[BLOCK]}), 1.0))
     touched = save(source_of_model(with_lora), tmp_path / "b.gguf", KEEP_TYPES)
     assert saved.types[BLOCK] == "Q5_K" and touched.types == saved.types | {BLOCK: "Q6_K"}
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q4_1", "Q3_K"])
+def test_a_mix_keeps_weights_that_are_packed_where_they_fit(name, tmp_path):
+    size = save(source_of_model(dense_model()), tmp_path / "a.gguf", name).nbytes
+    packed, stored = load_diffusion_model(str(tmp_path / "a.gguf")), values_in(tmp_path / "a.gguf")
+    for share in (1, 1.1):
+        saved = save(source_of_model(packed), tmp_path / f"{share}.gguf", int(size * share))
+        assert saved.nbytes <= size * share
+        found = values_in(saved.path)
+        assert all(torch.equal(found[key], value) for key, value in stored.items())
+    smaller = save(source_of_model(packed), tmp_path / "smaller.gguf", int(size * 0.9))
+    assert smaller.nbytes <= size * 0.9
 
 
 @pytest.mark.parametrize("size", [2_000_000, 2_600_000, 4_000_000])
@@ -565,3 +585,16 @@ def test_sizes_that_only_the_metadata_says_are_saved(name, source_of, tmp_path):
     dense = host_patcher(values_in(path), family)
     assert relative_error(run_family(load_diffusion_model(path), family),
                           run_family(dense, family)) < 1e-5
+
+
+def test_what_tells_a_model_from_another_is_saved_with_it(tmp_path, monkeypatch):
+    """Playground v2.5 is an SDXL but for two tensors that are no weights of its model."""
+    family = FAMILIES["sdxl"]
+    shrunken_detection(family, monkeypatch)
+    marks = {f"edm_{name}": torch.rand(1, 4, 1, 1) for name in ("mean", "std")}
+    save_file({f"model.diffusion_model.{key}": value for key, value in
+               random_weights(family).items()} | marks, tmp_path / "playground.safetensors")
+    model, _, _ = load_checkpoint(str(tmp_path / "playground.safetensors"), output_clip=False,
+                                  output_vae=False)
+    assert model.model.model_type.name == "EDM"
+    assert {key for key in source_of_model(model).weights if key.startswith("edm")} == {*marks}

@@ -12,7 +12,7 @@ from featherweight.loaders.paths.folders import (
     find_file,
     list_files,
     new_sensitivity_path,
-    sensitivity_of,
+    sensitivities_of,
     validate_files,
 )
 
@@ -180,7 +180,7 @@ def test_a_load_takes_the_newest_measurement_of_the_models_name_and_of_no_other(
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     model = draw.choice(("flux1-dev", "m (copy)", "a.b+c", "Zoë 模型")) + "-Q8_0"
     path = tmp_path / "elsewhere" / f"{model}.gguf"
-    assert sensitivity_of(path) is None  # there is no folder yet
+    assert sensitivities_of(path) == []  # there is no folder yet
     newest = None
     for _ in range(draw.randint(1, 12)):
         newest = Path(new_sensitivity_path(model))
@@ -189,4 +189,4 @@ def test_a_load_takes_the_newest_measurement_of_the_models_name_and_of_no_other(
     for other in (f"{model}2_00099_", f"x{model}_00099_", f"{model}_0099_", f"{model}_00099_x"):
         newest.with_name(f"{other}.sensitivity").write_bytes(b"")
     newest.with_name(f"{model}_00099_.gguf").write_bytes(b"")
-    assert sensitivity_of(path) == str(newest)
+    assert sensitivities_of(path)[0] == str(newest)
