@@ -25,17 +25,19 @@ def _dtypes() -> frozenset[torch.dtype]:
     """Returns the dtypes that oneDNN multiplies faster here than what torch takes."""
     if not cpu_features.is_x86():
         return frozenset()
+    faster = {torch.bfloat16: cpu_features.multiplies_bfloat16(),
+              torch.float32: cpu_features.is_amd() and torch.backends.mkl.is_available()}
+    return frozenset(dtype for dtype, is_faster in faster.items() if is_faster and _works(dtype))
+
+
+def _works(dtype: torch.dtype) -> bool:
+    """Returns whether this torch has oneDNN and the function, and the CPU what oneDNN asks for."""
     try:
-        one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        one = torch.ones(1, 1, dtype=dtype, device="cpu")
         linear(one, one)
-    except (AttributeError, RuntimeError):  # a torch without oneDNN or without this function
-        return frozenset()
-    dtypes = set()
-    if cpu_features.multiplies_bfloat16():
-        dtypes.add(torch.bfloat16)
-    if cpu_features.is_amd() and torch.backends.mkl.is_available():
-        dtypes.add(torch.float32)
-    return frozenset(dtypes)
+        return True
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor,
