@@ -36,7 +36,7 @@ def no_gradients():
 def test_every_kind_of_lora_has_its_effect(name, kernel, kind):
     layer, twin = layer_and_twin(name, "Q8_0", kind, torch.float32, kernel)
     input = input_for(name)
-    assert relative(layer(input), twin(input)) < 1e-6 and is_packed(layer.weight)
+    assert relative(layer(input), twin(input)) < 3e-6 and is_packed(layer.weight)
 
 
 @pytest.mark.parametrize(("name", "dimension"), [
