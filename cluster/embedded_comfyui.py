@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import filelock
@@ -158,7 +158,7 @@ class EmbeddedComfyUI:
             assert error is not None
             self._raise_invalid(graph, error, node_errors)
         # one output is enough for ComfyUI
-        self._check_files({node: graph[node] for node in node_errors or () if node in graph})
+        self._check_files(_part(graph, node_errors or ()))
         return request, outputs
 
     def _execute(self, graph: dict) -> dict:
@@ -205,7 +205,7 @@ class EmbeddedComfyUI:
             raise MachineError(
                 f"has no node {' and no '.join(map(repr, missing))}: the pack it comes from is not"
                 " installed or did not load.")
-        self._check_files({node: graph[node] for node in node_errors or graph if node in graph})
+        self._check_files(_part(graph, node_errors or graph))
         reasons = [f"node {name} ({node['class_type']}): {reason['message']}: {reason['details']}"
                    for name, node in (node_errors or {}).items() for reason in node["errors"]]
         raise GraphError(one_line("; ".join(reasons) or f"{error['message']}: {error['details']}"))
@@ -221,8 +221,9 @@ class EmbeddedComfyUI:
         if any(f"[Errno {number}]" in reason or os.strerror(number) in reason
                for number in DISK_FULL):
             raise MachineError(f"has no space left on its disk for {node}: {one_line(reason)}")
-        self._check_files(_beside(graph, data.get("node_id")), f": {node}: {one_line(reason)}")
-        raise GraphError(f"{node}: {one_line(reason)}")
+        text = f"{node}: {one_line(reason)}"
+        self._check_files(_with_sources(graph, data.get("node_id")), f": {text}")
+        raise GraphError(text)
 
     def _check_files(self, graph: dict, reason: str = "."):
         """Raises MachineError if the graph names files that are missing from ComfyUI's folders.
@@ -305,12 +306,17 @@ class EmbeddedComfyUI:
         self.scratch_lock.release()
 
 
-def _beside(graph: dict, node: str | None) -> dict:
-    """Returns a node of a graph and those that it has inputs from; all where it is none."""
+def _part(graph: dict, nodes: Iterable[str]) -> dict:
+    """Returns those of some nodes that are in a graph."""
+    return {node: graph[node] for node in nodes if node in graph}
+
+
+def _with_sources(graph: dict, node: str | None) -> dict:
+    """Returns a node of a graph and those that its inputs come from; all where it is none."""
     if node not in graph:
         return graph
-    sources = {value[0] for value in graph[node]["inputs"].values() if is_link(value)}
-    return {name: graph[name] for name in (node, *sorted(sources)) if name in graph}
+    values = graph[node]["inputs"].values()
+    return {node: graph[node], **_part(graph, (value[0] for value in values if is_link(value)))}
 
 
 def make_scratch() -> tuple[str, filelock.BaseFileLock]:

@@ -252,7 +252,7 @@ def try_install(python: Path, *arguments: str) -> str | None:
 
 
 def _try(command: list[str], mark: Path | None, **options) -> str | None:
-    """Runs a program, beside a mark. Returns None where it works, else its messages."""
+    """Runs a program; `mark` exists while it runs. Returns None on success, else its output."""
     if mark:
         mark.touch()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -78,7 +78,7 @@ def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
 
 
 def encoder_formats(host_formats: str, device: torch.device) -> frozenset[str]:
-    """Returns those of `packed_formats` for text encoders and what stands beside them.
+    """Returns `packed_formats` for text encoders, and for the VAE of a checkpoint.
 
     Of some the host has no layers for its formats and takes codes for values; of all others its
     layers dequantise, so that this pack's are as fast.

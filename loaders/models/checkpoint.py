@@ -76,7 +76,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         "te_model_options": device_options(encoder_device)}
     computing_device = device or comfy.model_management.get_torch_device()
     formats = packed_formats(asked.host_formats, computing_device)
-    beside = encoder_formats(
+    other_formats = encoder_formats(
         asked.host_formats, encoder_device or comfy.model_management.text_encoder_device())
     is_folder = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))
     targets = Targets((asked.pack_to,))
@@ -85,14 +85,14 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
                    else Targets((None,)))
     [target] = targets.files
     parts = None
-    if not needs_own_reader(path, target, formats, beside):
+    if not needs_own_reader(path, target, formats, other_formats):
         parts = _load_by_the_host(path, for_host)
     is_read_here = parts is None
     if parts is None and is_folder:
         parts = _load_folder(path, asked, for_host)
     elif parts is None:
         parts = _load_file(path, replace(asked, pack_to=target), for_host, formats,
-                           beside, computing_device)
+                           other_formats, computing_device)
     model, clip, vae = parts
     if model is not None:
         targets.attach(model)
@@ -198,14 +198,14 @@ def _clip_type(path: str, encoder_count: int) -> str:
 
 
 def _load_file(path: str, asked: LoadOptions, for_host: dict[str, Any], formats: frozenset[str],
-               beside: frozenset[str], device: torch.device):
+               other_formats: frozenset[str], device: torch.device):
     file = open_weights(path)
     reject_non_diffusion(file)
     pack_to = asked.pack_to if for_host["output_model"] else None
     progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
     state_dict, config, packed = read_weights(file, pack_to, progress, formats, device)
     if model_prefix(state_dict):
-        model, clip, vae = _build_parts(file, state_dict, asked.compute, for_host, beside)
+        model, clip, vae = _build_parts(file, state_dict, asked.compute, for_host, other_formats)
     else:
         model = build_model(file, state_dict, asked, config)
         clip, vae = None, _no_vae() if for_host["output_vae"] else None
@@ -216,14 +216,14 @@ def _load_file(path: str, asked: LoadOptions, for_host: dict[str, Any], formats:
 
 
 def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], compute: str,
-                 for_host: dict[str, Any], beside: frozenset[str]):
+                 for_host: dict[str, Any], other_formats: frozenset[str]):
     prefix = model_prefix(state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
         reject_unknown_model(file, state_dict,
                              "holds no checkpoint that this ComfyUI knows")
     weights = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     others = as_tensors(file, {name: tensor for name, tensor in state_dict.items()
-                               if name not in weights}, formats=beside)
+                               if name not in weights}, formats=other_formats)
     state_dict = weights | others
     encoder_weights = {name: tensor for name, tensor in others.items()
                        if not name.startswith(VAE_PREFIXES)}

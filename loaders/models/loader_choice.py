@@ -25,7 +25,7 @@ UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
 
 def needs_own_reader(path: str, pack_to: PackTo | None = None,
                      host_formats: Container[str] = (),
-                     beside: Container[str] | None = None) -> bool:
+                     other_formats: Container[str] | None = None) -> bool:
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
@@ -37,12 +37,12 @@ def needs_own_reader(path: str, pack_to: PackTo | None = None,
         path: of a file or folder.
         pack_to: what weights are packed to as they are read, or None.
         host_formats: ComfyUI's own formats that this pack computes.
-        beside: those in the text encoder and VAE of a checkpoint, None: the same.
+        other_formats: those in the text encoder and VAE of a checkpoint, None: the same.
     """
     def formats_of(layer: str) -> Container[str]:
-        if beside is None or layer.startswith(CHECKPOINT_PREFIX):
+        if other_formats is None or layer.startswith(CHECKPOINT_PREFIX):
             return host_formats
-        return beside
+        return other_formats
 
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True

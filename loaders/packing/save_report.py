@@ -1,4 +1,4 @@
-"""What is said of a saved file: on the node, in short, and for its model card."""
+"""The report on a saved file: whole, in short for the node, and for its model card."""
 from dataclasses import dataclass
 from pathlib import Path
 
